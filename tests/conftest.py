@@ -1,0 +1,147 @@
+"""What all tests share: tiny models with random weights, a tiny tokenizer, a tiny corpus, and the one real model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SUBJECTS = ["the court", "a tenant", "the clerk", "one witness", "the old judge", "every juror", "the surveyor"]
+VERBS = ["granted", "denied", "recorded", "questioned", "withdrew", "measured", "forgot"]
+OBJECTS = ["the lease", "a motion", "seven letters", "the northern boundary", "an appeal", "the deposit", "his notes"]
+ENDS = ["before noon", "without delay", "in the second hearing", "under section 12", "at 3.50 a day", "twice"]
+EOS = "<|end|>"
+PAD = "<|pad|>"
+
+
+def sentences(count: int, seed: int) -> str:
+    """Text with structure enough that a tiny model can learn something of it."""
+    draw = random.Random(seed)
+    return " ".join(
+        f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)} {draw.choice(ENDS)}.".capitalize()
+        for _ in range(count)
+    )
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> None:
+    """The tests run on two cores, and their figures must not depend on the machine's number of them."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., Any]:
+    """make_tokenizer(vocab_size=384, seed=0, pad=False): a byte-level BPE tokenizer trained here, with an EOS token.
+
+    `vocab_size` counts the special tokens; other seeds train on other text and so give other tokens.
+    """
+
+    def make(vocab_size: int = 384, seed: int = 0, pad: bool = False) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        special = [EOS, PAD] if pad else [EOS]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator([sentences(400, seed)], trainer)
+        assert backend.get_vocab_size() == vocab_size, "the text is too small for so many tokens"
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token=EOS, pad_token=PAD if pad else None, padding_side="left"
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
+    """A byte-level BPE tokenizer of 384 tokens, EOS among them (id 0), no padding token."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Any]:
+    """tiny_llama(vocab=384, layers=2, hidden=32, seed=0, **config): a LlamaForCausalLM, random weights, float32."""
+
+    def make(vocab: int = 384, layers: int = 2, hidden: int = 32, seed: int = 0, **config: Any) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings: dict[str, Any] = {
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "initializer_range": 0.3,  # wide enough that the distributions are far from flat
+        }
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> Callable[..., Any]:
+    """tiny_gpt2(vocab=384, layers=2, hidden=32, seed=0, **config): a GPT2LMHeadModel, random weights, float32."""
+
+    def make(vocab: int = 384, layers: int = 2, hidden: int = 32, seed: int = 0, **config: Any) -> Any:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        settings: dict[str, Any] = {
+            "vocab_size": vocab,
+            "n_embd": hidden,
+            "n_layer": layers,
+            "n_head": 4,
+            "n_positions": 256,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "initializer_range": 0.3,
+        }
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(GPT2Config(**{**settings, **config})).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any, tiny_llama: Callable[..., Any]
+) -> Path:
+    """A transformers folder: tiny llama (2 layers, 32 wide, 384 tokens) with its tokenizer. Shared: do not write."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_corpus_dir(tmp_path: Path) -> Path:
+    """A folder of 40 small .txt documents, all different, about 25,000 characters in all."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(40):
+        (folder / f"doc{index:02d}.txt").write_text(sentences(8 + index % 9, seed=1000 + index) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M as a plain transformers folder in bfloat16 (tests marked `real` only)."""
+    from memdec.demo import smollm2_folder
+
+    return Path(smollm2_folder(tmp_path_factory.mktemp("smollm2")))
