@@ -1,7 +1,9 @@
 """memdec: a pretrained, plug-and-play memory for language models."""
 
-from memdec.errors import MemdecError
-
 __version__ = "0.1.0"
 
-__all__ = ["MemdecError", "__version__"]
+from memdec import ops
+from memdec.build import build_info
+from memdec.errors import MemdecError
+
+__all__ = ["MemdecError", "__version__", "build_info", "ops"]

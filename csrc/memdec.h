@@ -1,0 +1,85 @@
+// The whole C++ surface of memdec: plain pointers, sizes and strides in, a status out. No torch headers.
+//
+// Conventions
+//   - An op is a struct of arguments and a function of the same name in lower case: TokenLogProb and token_log_prob. The
+//     function reads the struct, writes through its output pointers and returns a Status. It never allocates an output.
+//   - Logits come as Rows: any leading dimensions, folded to at most two strides, last dimension contiguous. Nothing is copied
+//     to make rows contiguous or to convert bf16: kernels load the elements as they are.
+//   - Everything that is small beside the logits (labels, targets, alpha, CSR arrays, outputs of one value a row) is contiguous;
+//     what may be one value for all rows has a stride of 0 or 1 elements and says so.
+//   - float32, bf16 and fp16 logits accumulate in float32 and give float32 outputs; float64 accumulates in and gives float64.
+//     Output pointers that follow this rule are void*.
+//   - Rows are independent, and a row that is split over threads is split at fixed columns and merged in order: results do
+//     not depend on the thread count.
+//   - Index arguments are checked before anything is written; an op never reads or writes out of bounds.
+//
+// Adding an op to the CPU backend: the struct and function here; csrc/cpu/<op>.cpp, which defines
+// memdec::MEMDEC_LEVEL::<op> and is listed in MEMDEC_CPU_OPS (CMakeLists.txt); one line in csrc/cpu/dispatch.cpp; a binding.
+// csrc/cpu/token_log_prob.cpp is the model; csrc/cpu/simd.h and csrc/cpu/rows.h are what kernels are written with.
+#pragma once
+
+#include <cstdint>
+
+namespace memdec {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// A stack of rows of `columns` contiguous elements. Row r starts at element
+//   (r / inner) · outer_stride + (r % inner) · inner_stride      (strides in elements; 0 and negative are fine)
+struct Rows {
+  void* data;
+  DType dtype;
+  int64_t count;
+  int64_t inner;  // ≥ 1
+  int64_t outer_stride;
+  int64_t inner_stride;
+  int64_t columns;
+
+  int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
+};
+
+// A sparse matrix in CSR form, as memdec.SparseDistributions: ids sorted and unique in a row.
+struct SparseRows {
+  const int64_t* indptr;  // (N + 1,)
+  const int32_t* ids;     // (nnz,)
+  const float* probs;     // (nnz,)
+  int64_t nnz;
+};
+
+struct Launch {
+  int threads;             // the most that may be used, ≥ 1
+  void* stream = nullptr;  // the caller's CUDA stream; the CPU kernels are done when they return
+};
+
+struct Status {
+  enum Code {
+    ok,
+    bad_dtype,      // `argument` has a dtype that the op does not take
+    bad_index,      // argument[at] is `got`, wanted 0 ≤ index < wanted
+    bad_structure,  // argument[at] is `got`: not a CSR row pointer (wanted: the least value it may have)
+    out_of_memory,
+  };
+  Code code = ok;
+  const char* argument = "";
+  int64_t at = 0;
+  int64_t got = 0;
+  int64_t wanted = 0;
+};
+
+// log softmax(logits[r])[targets[r]], for every row r.
+struct TokenLogProb {
+  Rows logits;             // (N, V)
+  const int64_t* targets;  // (N,) in [0, V)
+  void* log_prob;          // (N,) out
+  void* max;               // (N,) out, or null: max and sum of exp(z − max) of each row, which the gradient needs
+  void* sum;               // (N,) out, or null
+};
+Status token_log_prob(const TokenLogProb& op, const Launch& launch);
+
+// What was built, what runs. A level is "portable", "avx2" (AVX2, FMA, F16C) or "avx512" (F, BW, VL, DQ).
+const char* simd_level();                     // in use: the best that the machine has, or MEMDEC_SIMD from the environment
+bool simd_level_available(const char* name);  // compiled in, and the machine has it
+void set_simd_level(const char* name);        // must be available
+const char* const* simd_levels_built();       // null-terminated
+
+}  // namespace memdec

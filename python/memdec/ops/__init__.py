@@ -1,0 +1,9 @@
+"""memdec's tensor ops: the loss against sparse teachers, neighbour aggregation, and mixing in log space.
+
+Every op takes float32, bfloat16 or float16 tensors (float64 too on the CPU), with any leading dimensions and rows
+that may be strided; it accumulates in float32 (float64 for float64) and returns losses and log-probs in that type.
+"""
+
+from memdec.ops.token_log_prob import token_log_prob
+
+__all__ = ["token_log_prob"]

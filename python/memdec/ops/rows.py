@@ -1,0 +1,94 @@
+"""How tensors cross into the extension: as plain pointers, sizes and strides (csrc/memdec.h says what each means)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# data_ptr, dtype code, count, inner, outer_stride, inner_stride, columns; strides in elements.
+Rows = tuple[int, int, int, int, int, int, int]
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def rows(tensor: torch.Tensor, name: str = "logits") -> tuple[torch.Tensor, Rows]:
+    """Describe a tensor of rows (…, V) to the extension.
+
+    Row r starts at element ``(r // inner) * outer_stride + (r % inner) * inner_stride``. Slices, padded rows,
+    expanded rows and other views whose leading dimensions fold into two strides are taken as they are; anything else
+    is copied once.
+
+    Args:
+        tensor: (…, V), at least one dimension, float32, bfloat16, float16 or float64, on the CPU.
+        name: what to call the argument in an error.
+
+    Returns:
+        The tensor whose memory is described (keep it alive while the pointer is used; it is ``tensor`` itself unless
+        a copy was needed), and its description.
+
+    Raises:
+        TypeError: not a tensor of one of these dtypes.
+        ValueError: no dimensions, no columns, or not on the CPU.
+    """
+    code = DTYPE_CODES.get(tensor.dtype)
+    if code is None:
+        raise TypeError(
+            f"{name}: got dtype {tensor.dtype}, wanted float32, bfloat16, float16 or float64; convert with .float()"
+        )
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name}: got device {tensor.device}, wanted cpu: this build has CPU kernels only; move it with .cpu()"
+        )
+    shape = tensor.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, wanted (…, V) with V ≥ 1")
+    columns = shape[-1]
+    if len(shape) == 2 and (columns == 1 or tensor.stride(1) == 1):
+        return tensor, (tensor.data_ptr(), code, shape[0], max(shape[0], 1), 0, tensor.stride(0), columns)
+    strides = tensor.stride()
+    if columns > 1 and strides[-1] != 1:
+        tensor = tensor.contiguous()
+        strides = tensor.stride()
+    leading: list[
+        tuple[int, int]
+    ] = []  # (size, stride), outermost first, neighbours merged where one stride serves both
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
+        if size == 1:
+            continue
+        if leading and leading[-1][1] == stride * size:
+            leading[-1] = (leading[-1][0] * size, stride)
+        else:
+            leading.append((size, stride))
+    count = math.prod(shape[:-1])
+    if len(leading) > 2 and count > 0:
+        tensor = tensor.contiguous()
+        leading = [(count, columns)]
+    inner, inner_stride = leading[-1] if leading else (1, 0)
+    outer_stride = leading[0][1] if len(leading) == 2 else 0
+    return tensor, (tensor.data_ptr(), code, count, max(inner, 1), outer_stride, inner_stride, columns)
+
+
+def accumulator(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of losses and log-probs of these logits: float64 for float64, float32 for the rest."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def indices(tensor: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor:
+    """One index a row, as a contiguous int64 tensor on the CPU.
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: not of this shape, or on another device.
+    """
+    if tensor.dtype != torch.int64:
+        if tensor.dtype not in (torch.int32, torch.int16, torch.uint8, torch.int8):
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted int64; convert with .long()")
+        tensor = tensor.long()
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(shape)}: one index for every row of logits"
+        )
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: got device {tensor.device}, wanted cpu, where the logits are; move it with .cpu()")
+    return tensor.contiguous()
