@@ -1,0 +1,56 @@
+"""A progress bar with a rate and an end for long work; nothing at all where no one watches.
+
+>>> with progress(1000, unit="tokens", label="Embedding") as advance:
+...     advance(250)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    """Units a second, with k and M for thousands and millions."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{_short(speed)} {task.fields['unit']}/s", style="progress.data.speed")
+
+
+def _short(number: float) -> str:
+    for limit, suffix in ((1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+@contextmanager
+def progress(
+    total: int | None,  # units of the whole work; None: unknown
+    unit: str,  # what is counted, in the plural: "tokens", "rows"
+    label: str,  # what is being done: "Embedding"
+    *,
+    done: int = 0,  # units that an earlier run did
+) -> Iterator[Callable[[int], None]]:
+    """Show progress on standard error while the block runs, if that is a terminal; yields ``advance(units)``."""
+    if not sys.stderr.isatty():
+        yield lambda units: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, completed=done, unit=unit)
+        yield lambda units: bar.advance(task, units)
