@@ -4,6 +4,8 @@ Every op takes float32, bfloat16 or float16 tensors (float64 too on the CPU), wi
 that may be strided; it accumulates in float32 (float64 for float64) and returns losses and log-probs in that type.
 """
 
+from memdec.ops import reference
+from memdec.ops.reference import AlignmentLoss
 from memdec.ops.token_log_prob import token_log_prob
 
-__all__ = ["token_log_prob"]
+__all__ = ["AlignmentLoss", "reference", "token_log_prob"]

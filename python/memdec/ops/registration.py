@@ -37,10 +37,30 @@ def register(
         torch.library.register_autograd(f"memdec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def is_traced(tensor: torch.Tensor) -> bool:
-    """Whether this call must go through the registered operator: compiled, transformed, or not on a plain tensor."""
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-    )
+# Private names, both in torch since 2.0. Without them every call takes the registered path, which is always right.
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def is_traced(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call must go through the registered operator: compiled, transformed, watched by a dispatch mode, or not
+    on plain tensors."""
+    if torch.compiler.is_compiling() or _transforms_active() or _dispatch_modes():
+        return True
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return any(tensor is not None and type(tensor) not in plain for tensor in tensors)
+
+
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd is recording and one of the tensors asks for a gradient."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_grad(op: str, instead: str, **tensors: torch.Tensor | None) -> None:
+    """Raise where an op that has no gradient is given tensors that want one, rather than cut the graph unseen."""
+    for name, tensor in tensors.items():
+        if wants_grad(tensor):
+            raise ValueError(
+                f"{name}: got a tensor that requires grad, but {op} has no gradient; "
+                f"call it under torch.no_grad(), detach {name}, or use {instead}"
+            )
