@@ -28,12 +28,30 @@ struct type_caster<memdec::Rows> {
     return true;
   }
 };
+
+// A teacher travels as (indptr, token_ids, probs, nnz); three null pointers stand for no teacher.
+template <>
+struct type_caster<memdec::SparseRows> {
+  PYBIND11_TYPE_CASTER(memdec::SparseRows, const_name("tuple[int, int, int, int]"));
+  bool load(handle source, bool) {
+    if (!PyTuple_CheckExact(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+    const auto address = [&](Py_ssize_t i) { return PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), i)); };
+    value.indptr = static_cast<const int64_t*>(address(0));
+    value.ids = static_cast<const int32_t*>(address(1));
+    value.probs = static_cast<const float*>(address(2));
+    value.nnz = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), 3));
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
 }  // namespace pybind11::detail
 
 namespace {
 
 using memdec::Launch;
+using memdec::Reduction;
 using memdec::Rows;
+using memdec::SparseRows;
 using memdec::Status;
 
 template <class T = void>
@@ -103,6 +121,42 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_log_prob", [](const Rows& logits, uintptr_t targets, uintptr_t log_prob, uintptr_t max, uintptr_t sum, int threads) {
     run("token_log_prob", memdec::token_log_prob,
         {.logits = logits, .targets = pointer<const int64_t>(targets), .log_prob = pointer(log_prob), .max = pointer(max), .sum = pointer(sum)},
+        threads);
+  });
+
+  m.def("alignment_loss", [](const Rows& logits, uintptr_t labels, int64_t ignore_index, const SparseRows& teacher, double beta,
+                             int reduction, uintptr_t total, uintptr_t kl, uintptr_t ce, uintptr_t max, uintptr_t sum,
+                             const Rows& grad, double grad_scale, int threads) {
+    run("alignment_loss", memdec::alignment_loss,
+        {.logits = logits,
+         .labels = pointer<const int64_t>(labels),
+         .ignore_index = ignore_index,
+         .teacher = teacher,
+         .beta = beta,
+         .reduction = static_cast<Reduction>(reduction),
+         .total = pointer(total),
+         .kl = pointer(kl),
+         .ce = pointer(ce),
+         .max = pointer(max),
+         .sum = pointer(sum),
+         .grad = grad,
+         .grad_scale = grad_scale},
+        threads);
+  });
+
+  m.def("alignment_gradient", [](const Rows& logits, uintptr_t labels, int64_t ignore_index, const SparseRows& teacher, double beta,
+                                 int reduction, uintptr_t max, uintptr_t sum, uintptr_t grad_total, const Rows& grad, int threads) {
+    run("alignment_gradient", memdec::alignment_gradient,
+        {.logits = logits,
+         .labels = pointer<const int64_t>(labels),
+         .ignore_index = ignore_index,
+         .teacher = teacher,
+         .beta = beta,
+         .reduction = static_cast<Reduction>(reduction),
+         .max = pointer(max),
+         .sum = pointer(sum),
+         .grad_total = pointer(grad_total),
+         .grad = grad},
         threads);
   });
 }

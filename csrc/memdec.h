@@ -76,6 +76,43 @@ struct TokenLogProb {
 };
 Status token_log_prob(const TokenLogProb& op, const Launch& launch);
 
+enum class Reduction : int { none = 0, sum = 1, mean = 2 };  // mean: over the rows that are not ignored; 0 if there are none
+
+// Against a sparse teacher q and a label y, for every row (formulas in csrc/cpu/alignment_loss.cpp):
+//   kl = KL(q‖softmax(z)), ce = −log softmax(z)[y], total = β·kl + (1−β)·ce.
+// A row whose label is ignore_index counts for nothing and has a gradient of 0.
+struct AlignmentLoss {
+  Rows logits;            // (N, V)
+  const int64_t* labels;  // (N,) in [0, V), or ignore_index
+  int64_t ignore_index;
+  SparseRows teacher;  // N rows; ids in [0, V)
+  double beta;
+  Reduction reduction;
+  void* total;  // out: (N,) for Reduction::none, else (1,)
+  void* kl;     // out, as total
+  void* ce;     // out, as total
+  void* max;    // (N,) out, or null: max and sum of exp(z − max) of each row, which alignment_gradient needs
+  void* sum;    // (N,) out, or null
+  Rows grad;    // (N, V) out, of the logits' dtype, or data null: grad_scale · d total / d logits; may be the logits themselves
+  double grad_scale;
+};
+Status alignment_loss(const AlignmentLoss& op, const Launch& launch);
+
+// The gradient of `total` above, from what its forward pass left in max and sum.
+struct AlignmentGradient {
+  Rows logits;            // (N, V)
+  const int64_t* labels;  // (N,)
+  int64_t ignore_index;
+  SparseRows teacher;  // indptr null: no teacher, every row is empty
+  double beta;
+  Reduction reduction;
+  const void* max;         // (N,)
+  const void* sum;         // (N,)
+  const void* grad_total;  // (N,) for Reduction::none, else (1,): the incoming gradient
+  Rows grad;               // (N, V) out, of the logits' dtype
+};
+Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);
+
 // What was built, what runs. A level is "portable", "avx2" (AVX2, FMA, F16C) or "avx512" (F, BW, VL, DQ).
 const char* simd_level();                     // in use: the best that the machine has, or MEMDEC_SIMD from the environment
 bool simd_level_available(const char* name);  // compiled in, and the machine has it

@@ -96,5 +96,7 @@ const char* const* simd_levels_built() {
   }
 
 MEMDEC_CPU_OP(token_log_prob, TokenLogProb)
+MEMDEC_CPU_OP(alignment_loss, AlignmentLoss)
+MEMDEC_CPU_OP(alignment_gradient, AlignmentGradient)
 
 }  // namespace memdec

@@ -82,13 +82,18 @@ inline bool rows_are_few(const Rows& rows, int threads) {
   return threads > 1 && rows.count < 2 * threads && rows.columns > block_columns;
 }
 
+// Calls f(begin, end) until every row was in one range, on several threads where that pays.
+template <class F>
+inline void for_each_range(const Rows& rows, int threads, const F& f) {
+  const int used = threads_for(rows.count * rows.columns, threads);
+  // Ranges are a few dozen a thread, so that a thread that is held up does not hold up the rest.
+  parallel(rows.count, larger(1, rows.count / (used * int64_t{32})), used, f);
+}
+
 // Calls f(r) for every row, on several threads where that pays.
 template <class F>
 inline void for_each_row(const Rows& rows, int threads, const F& f) {
-  const int used = threads_for(rows.count * rows.columns, threads);
-  // Ranges are a few dozen a thread, so that a thread that is held up does not hold up the rest.
-  const int64_t grain = larger(1, rows.count / (used * int64_t{32}));
-  parallel(rows.count, grain, used, [&](int64_t begin, int64_t end) {
+  for_each_range(rows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) f(r);
   });
 }
@@ -143,6 +148,21 @@ inline Status check_indices(const I* index, int64_t count, int64_t wanted, const
     if (static_cast<int64_t>(index[i]) < 0 || static_cast<int64_t>(index[i]) >= wanted)
       return {.code = Status::bad_index, .argument = argument, .at = i, .got = static_cast<int64_t>(index[i]), .wanted = wanted};
   return {};
+}
+
+// Whether a teacher of `rows` rows over `columns` tokens can be read safely: the status that an op returns before it writes.
+inline Status check_sparse(const SparseRows& sparse, int64_t rows, int64_t columns) {
+  const auto broken = [&](int64_t r, int64_t least) {
+    return Status{.code = Status::bad_structure, .argument = "teacher.indptr", .at = r, .got = sparse.indptr[r], .wanted = least};
+  };
+  if (sparse.indptr[0] != 0) return broken(0, 0);
+  for (int64_t r = 1; r <= rows; ++r)
+    if (sparse.indptr[r] < sparse.indptr[r - 1]) return broken(r, sparse.indptr[r - 1]);
+  if (sparse.indptr[rows] != sparse.nnz) return broken(rows, sparse.nnz);
+  const uint32_t limit = static_cast<uint32_t>(smaller(columns, INT32_MAX));
+  bool outside = false;
+  for (int64_t i = 0; i < sparse.nnz; ++i) outside |= static_cast<uint32_t>(sparse.ids[i]) >= limit;  // vectorises
+  return outside ? check_indices(sparse.ids, sparse.nnz, columns, "teacher.token_ids") : Status{};
 }
 
 }  // namespace memdec::MEMDEC_LEVEL

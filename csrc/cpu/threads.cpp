@@ -22,9 +22,9 @@ struct Job {
   const void* context;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
-  int places;       // workers that may still join; guarded by the pool's mutex
+  int places = 0;   // workers that may still join; guarded by the pool's mutex
   int running = 0;  // workers inside; guarded by the pool's mutex
-  std::exception_ptr error;
+  std::exception_ptr error{};
 
   void run() {
     try {

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from memdec import _C
-from memdec.ops.registration import is_traced, register
+from memdec.ops import checks
+from memdec.ops.alignment_loss import gradient
+from memdec.ops.registration import is_traced, register, wants_grad
 from memdec.ops.rows import accumulator, indices, rows
 
 
 def token_log_prob(
-    logits: torch.Tensor,  # (…, V)
-    targets: torch.Tensor,  # (…,) int64
-) -> torch.Tensor:  # (…,) float32
+    logits: Tensor,  # (…, V)
+    targets: Tensor,  # (…,) int64
+) -> Tensor:  # (…,) float32
     """log p(target) under softmax(logits), without writing anything of width V.
 
     ``log p(v) = (z_v − max) − log Σ exp(z − max)``. Each logit is read once; the backward pass reads it once more.
@@ -35,9 +41,12 @@ def token_log_prob(
         >>> ops.token_log_prob(torch.tensor([[0.0, 0.0], [0.0, 1000.0]]), torch.tensor([0, 1]))
         tensor([-0.6931,  0.0000])
     """
-    if is_traced(logits):
-        log_prob: torch.Tensor = torch.ops.memdec.token_log_prob(logits, targets)[0]
-        return log_prob
+    checks.logits("logits", logits)
+    checks.tokens("targets", targets, logits.shape[:-1], logits)
+    if is_traced(logits, targets):
+        return cast(Tensor, torch.ops.memdec.token_log_prob(logits, targets.long())[0])
+    if wants_grad(logits):
+        return cast(Tensor, _TokenLogProb.apply(logits, targets))  # type: ignore[no-untyped-call]
     logits, described = rows(logits)
     targets = indices(targets, logits.shape[:-1], "targets")
     log_prob = torch.empty(targets.shape, dtype=accumulator(logits))
@@ -45,7 +54,7 @@ def token_log_prob(
     return log_prob
 
 
-def _forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(log_prob, max, sum), one of each a row; max and sum are what the gradient needs."""
     logits, described = rows(logits)
     targets = indices(targets, logits.shape[:-1], "targets")
@@ -55,7 +64,7 @@ def _forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
     return log_prob, high, total
 
 
-def _fake(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fake(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = logits.shape[:-1]
     dtype = accumulator(logits)
     return (
@@ -65,4 +74,46 @@ def _fake(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
     )
 
 
-register("token_log_prob(Tensor logits, Tensor targets) -> (Tensor, Tensor, Tensor)", _forward, _fake)
+def _gradient(grad: Tensor, logits: Tensor, targets: Tensor, row_max: Tensor, row_sum: Tensor) -> Tensor:
+    # d log p(y) / dz = onehot(y) − p: the cross-entropy's gradient with its sign turned. No label equals −1.
+    return gradient(-grad, logits, targets, None, None, None, row_max, row_sum, 0.0, -1, "none")
+
+
+class _TokenLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_prob, row_max, row_sum = _forward(logits, targets)
+        ctx.save_for_backward(logits, targets, row_max, row_sum)
+        return log_prob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gradient(grad, *ctx.saved_tensors), None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _log_prob, row_max, row_sum = output
+    ctx.save_for_backward(*inputs, row_max, row_sum)
+    ctx.mark_non_differentiable(row_max, row_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+    if grad is None:
+        return None, None
+    return torch.ops.memdec.token_log_prob_gradient(grad, *ctx.saved_tensors), None
+
+
+register(
+    "token_log_prob_gradient(Tensor grad, Tensor logits, Tensor targets, Tensor row_max, Tensor row_sum) -> Tensor",
+    _gradient,
+    lambda grad, logits, *_: logits.new_empty(logits.shape),
+)
+register(
+    "token_log_prob(Tensor logits, Tensor targets) -> (Tensor log_prob, Tensor row_max, Tensor row_sum)",
+    _forward,
+    _fake,
+    _backward,
+    _setup_context,
+)
