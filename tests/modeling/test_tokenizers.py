@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from memdec import MemdecError
 from memdec.modeling.tokenizers import compare, fingerprint, load_tokenizer, merges, width
@@ -105,6 +105,13 @@ def test_merges_are_read_in_order(tiny_tokenizer: Any) -> None:
 def test_a_missing_folder_is_said_to_be_missing(name: str) -> None:
     with pytest.raises(MemdecError, match="does not exist"):
         load_tokenizer(name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_empty_tokenizer_that_transformers_makes_up_is_no_tokenizer(family: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    with pytest.raises(MemdecError, match="has no tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_explained(tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from memdec.errors import MemdecError
 from memdec.modeling.structure import head_is_plain, logits_from_hidden, output_head, trunk
 from memdec.modeling.tokenizers import first_line, locate
+from memdec.ops import token_log_prob
 
 LOGGER = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def score_tokens(
     *,
     batch_size: int = 8,
     device: torch.device | str | None = None,
+    vocab_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:  # (T−1,) float32
     """log p(token r+1 | its window up to token r) for every row r that a window scores, NaN for the others.
@@ -59,6 +61,7 @@ def score_tokens(
         windows: stretches to score, as from ``memdec.stores.windows.windows``; at most one scores a row.
         batch_size: windows a forward; shorter ones are padded on the right, which a causal model does not see.
         device: where the inputs go; None takes the model's own.
+        vocab_size: number of logit columns that count (the tokenizer's width); None counts all, padding included.
         progress: called with the number of rows scored since the last call.
 
     Returns:
@@ -71,7 +74,7 @@ def score_tokens(
     scores = torch.full((max(int(tokens.numel()) - 1, 0),), math.nan)
     # Longest first: windows of one length share a batch, and a batch that does not fit fails at once.
     order = sorted(windows, key=lambda window: window.start - window.stop)
-    log_probs_of = chunked_log_prob(model)
+    log_probs_of = chunked_log_prob(model, vocab_size)
     was_training = model.training
     model.eval()
     try:
@@ -104,11 +107,11 @@ def score_tokens(
     return scores
 
 
-def chunked_log_prob(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def chunked_log_prob(model: nn.Module, vocab_size: int | None = None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A function from inputs, labels and a mask, all (B, L), to the log-probs of the masked labels, (n,) float32."""
-    log_prob = getattr(model, "token_log_prob", None)
-    if callable(log_prob):  # a composite scores its own tokens: its log-probs are no single head's
-        return cast("Callable[[Tensor, Tensor, Tensor], Tensor]", log_prob)
+    composite = getattr(model, "chunked_log_prob", None)
+    if callable(composite):  # the log-probs of a mixture are no single head's
+        return cast("Callable[[Tensor, Tensor, Tensor], Tensor]", composite())
     plain = head_is_plain(model)
     head, body = output_head(model), trunk(model)
 
@@ -120,7 +123,7 @@ def chunked_log_prob(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Ten
         rows = max(1, LOGITS_BUDGET // (4 * vocabulary_width(model)))
         for part, target in zip(torch.split(chosen, rows), torch.split(targets, rows), strict=True):
             logits = head(part) if plain else logits_from_hidden(model, part[None])[0]
-            parts.append(-cross_entropy(logits.float(), target.to(logits.device), reduction="none"))
+            parts.append(token_log_prob(logits[..., :vocab_size], target.to(logits.device)))
         return torch.cat(parts) if parts else torch.empty(0)
 
     return log_probs
@@ -200,10 +203,11 @@ def load_causal_lm(
     dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
 ) -> Any:
-    """A transformers causal LM in evaluation mode, from a folder, a hub id or a ``.gguf`` file; a loaded one stays as is.
+    """A transformers causal LM in evaluation mode, from a folder, a hub id or a ``.gguf`` file.
 
     Args:
-        source: path, hub id or loaded model. The weights of a ``.gguf`` file are dequantised to plain ones.
+        source: path, hub id, or a loaded model, which is passed through. The quantised weights of a ``.gguf`` file
+            become plain ones.
         dtype: "auto" is bfloat16 where the device computes in it natively (see :func:`native_bfloat16`), else float32;
             or a torch dtype or its name. A loaded model keeps its own.
         device: where the model goes; None is the CPU, and leaves a loaded model where it is.
@@ -217,17 +221,28 @@ def load_causal_lm(
     chosen = choose_dtype(dtype, device)
     LOGGER.info("loading %s in %s", Path(source).name, chosen)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=chosen, output_loading_info=True, **options, **plain_weights(options)
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise MemdecError(
             f"{source} is no causal LM that transformers can load: {first_line(error)} "
             "A model is a folder with config.json and its weights (model.safetensors), a hub id, or a .gguf file."
         ) from error
+    if info["missing_keys"]:  # transformers fills these with random numbers
+        shown = ", ".join(sorted(info["missing_keys"])[:3])
+        raise MemdecError(f"{source} lacks {len(info['missing_keys'])} of its model's weights ({shown}); get it whole.")
     if "gguf_file" in options:
         forget_quantisation(model)
     if device is not None:
         model = model.to(device)
     return model.eval()
+
+
+def plain_weights(options: dict[str, str]) -> dict[str, Any]:
+    """What tells ``from_pretrained`` to unpack the weights of a .gguf file; older transformers do so unasked."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if "gguf_file" in options and config is not None else {}
 
 
 def forget_quantisation(model: Any) -> None:

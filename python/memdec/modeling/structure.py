@@ -39,13 +39,19 @@ def trunk(model: nn.Module) -> nn.Module:
     Raises:
         MemdecError: the model has no trunk apart from itself.
     """
-    found = getattr(model, "base_model", None)
-    if isinstance(found, nn.Module) and found is not model:
+    found = getattr(bare(model), "base_model", None)
+    if isinstance(found, nn.Module) and found is not bare(model):
         return found
     raise MemdecError(
         f"{type(model).__name__} has no trunk that can be run without its output head; "
         "memdec needs a transformers causal LM (AutoModelForCausalLM)."
     )
+
+
+def bare(model: nn.Module) -> Any:
+    """The transformers model inside an adapter's wrapper (peft), adapters included; another model is itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
 
 
 def output_head(model: nn.Module) -> nn.Module:

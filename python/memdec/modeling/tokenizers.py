@@ -28,12 +28,19 @@ def load_tokenizer(source: str | PathLike[str]) -> Any:
     """
     folder, options = locate(source)
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise MemdecError(
             f"{source} has no tokenizer that transformers can load: {first_line(error)} "
             "Save one beside the model with tokenizer.save_pretrained(folder), or name the folder that has it."
         ) from error
+    # Where there are no tokenizer files, transformers may make an empty tokenizer from the model's configuration.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.added_tokens_encoder):
+        raise MemdecError(
+            f"{source} has no tokenizer: what transformers finds there has no tokens but special ones. "
+            "Save the right one beside the model with tokenizer.save_pretrained(folder)."
+        )
+    return tokenizer
 
 
 def locate(source: str | PathLike[str]) -> tuple[str, dict[str, str]]:
