@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <tuple>
 
 #include "memdec.h"
 
@@ -70,6 +71,7 @@ void raise_unless_ok(const char* op, const Status& status) {
     case Status::bad_index:
       throw py::value_error(where + " holds " + number(status.got) + " at position " + number(status.at) +
                             ", wanted an index from 0 to " + number(status.wanted - 1));
+    case Status::bad_number: throw py::value_error(where + " holds NaN or -inf at position " + number(status.at) + ", wanted numbers");
     case Status::bad_structure:
       throw py::value_error(where + " holds " + number(status.got) + " at position " + number(status.at) + ", wanted " +
                             number(status.wanted) + " or more: CSR row pointers start at 0, never fall and end at the number of ids");
@@ -86,6 +88,15 @@ void run(const char* name, Status (*function)(const Op&, const Launch&), const O
     status = function(op, Launch{.threads = threads > 0 ? threads : 1});
   }
   raise_unless_ok(name, status);
+}
+
+// keys, counts, thresholds, capacity, keep: memdec::TopkBuffers
+using Buffers = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+
+memdec::TopkBuffers topk_buffers(const Buffers& buffers) {
+  const auto& [keys, counts, thresholds, capacity, keep] = buffers;
+  return {.keys = pointer<uint64_t>(keys), .counts = pointer<int32_t>(counts), .thresholds = pointer<float>(thresholds),
+          .capacity = capacity, .keep = keep};
 }
 
 py::dict build_info() {
@@ -157,6 +168,36 @@ PYBIND11_MODULE(_C, m) {
          .sum = pointer(sum),
          .grad_total = pointer(grad_total),
          .grad = grad},
+        threads);
+  });
+
+  m.def("aggregate_neighbors", [](const Rows& distances, uintptr_t token_ids, int64_t token_ids_stride, bool wide_ids, double temperature,
+                                  int64_t vocab_size, double min_prob, int64_t max_tokens, uintptr_t out_indptr, uintptr_t out_ids,
+                                  uintptr_t out_probs, uintptr_t residual, int threads) {
+    run("aggregate_neighbors", memdec::aggregate_neighbors,
+        {.distances = distances, .token_ids = pointer(token_ids), .token_ids_stride = token_ids_stride, .wide_ids = wide_ids,
+         .temperature = temperature, .vocab_size = vocab_size, .min_prob = min_prob, .max_tokens = max_tokens,
+         .out_indptr = pointer<int64_t>(out_indptr), .out_ids = pointer<int32_t>(out_ids), .out_probs = pointer<float>(out_probs),
+         .residual = pointer<float>(residual)},
+        threads);
+  });
+  m.def("topk_filter_update", [](const Buffers& buffers, uintptr_t products, int64_t products_stride, int64_t rows, int64_t columns,
+                                 uintptr_t norms, int64_t first_id, uintptr_t excluded, int threads) {
+    run("topk_filter_update", memdec::topk_filter_update,
+        {.buffers = topk_buffers(buffers), .products = pointer<const float>(products), .products_stride = products_stride, .rows = rows,
+         .columns = columns, .norms = pointer<const float>(norms), .first_id = first_id, .excluded = pointer<const int64_t>(excluded)},
+        threads);
+  });
+  m.def("topk_filter_refine", [](const Buffers& buffers, uintptr_t queries, uintptr_t stored, int64_t stored_stride, int64_t rows,
+                                 int64_t stored_rows, int64_t dim, int64_t first_id, int threads) {
+    run("topk_filter_refine", memdec::topk_filter_refine,
+        {.buffers = topk_buffers(buffers), .queries = pointer<const float>(queries), .stored = pointer(stored),
+         .stored_stride = stored_stride, .rows = rows, .stored_rows = stored_rows, .dim = dim, .first_id = first_id},
+        threads);
+  });
+  m.def("topk_filter_select", [](const Buffers& buffers, int64_t rows, int64_t k, uintptr_t distances, uintptr_t ids, int threads) {
+    run("topk_filter_select", memdec::topk_filter_select,
+        {.buffers = topk_buffers(buffers), .rows = rows, .k = k, .distances = pointer<float>(distances), .ids = pointer<int64_t>(ids)},
         threads);
   });
 }

@@ -56,6 +56,7 @@ struct Status {
     ok,
     bad_dtype,      // `argument` has a dtype that the op does not take
     bad_index,      // argument[at] is `got`, wanted 0 ≤ index < wanted
+    bad_number,     // `argument`[at] is NaN or −inf
     bad_structure,  // argument[at] is `got`: not a CSR row pointer (wanted: the least value it may have)
     out_of_memory,
   };
@@ -112,6 +113,69 @@ struct AlignmentGradient {
   Rows grad;               // (N, V) out, of the logits' dtype
 };
 Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);
+
+// q(v) ∝ Σ 1[v = token]·exp(−distance / temperature) over the k neighbours of each row, as sorted sparse rows. Token −1 or
+// distance +inf: no neighbour. The pairs of all rows are written one row after the other, out_indptr[N] in all.
+struct AggregateNeighbors {
+  Rows distances;            // (N, k)
+  const void* token_ids;     // (N, k) rows of int64 (wide_ids) or int32
+  int64_t token_ids_stride;  // elements between rows; 0 is fine
+  bool wide_ids;
+  double temperature;        // finite, above 0
+  int64_t vocab_size;        // below 2^31
+  double min_prob;
+  int64_t max_tokens;        // 0: no limit
+  int64_t* out_indptr;       // (N + 1,)
+  int32_t* out_ids;          // room for N · min(k, vocab_size, max_tokens if any)
+  float* out_probs;          // the same
+  float* residual;           // (N,) the mass that was cut
+};
+Status aggregate_neighbors(const AggregateNeighbors& op, const Launch& launch);
+
+// The candidates of `rows` queries between the calls of the three functions below. Start with counts 0, thresholds +inf.
+struct TopkBuffers {
+  uint64_t* keys;     // (rows, capacity) candidates, in no order
+  int32_t* counts;    // (rows,)
+  float* thresholds;  // (rows,) what a further candidate must stay below
+  int64_t capacity;   // at least keep + 32
+  int64_t keep;       // how many candidates outlive a cut
+};
+
+// Pushes every row of a block of stored rows that may be among a query's nearest, by ‖x‖² − 2·q·x. Blocks come in ascending order.
+struct TopkFilterUpdate {
+  TopkBuffers buffers;
+  const float* products;  // (rows, columns) q·x
+  int64_t products_stride;
+  int64_t rows;
+  int64_t columns;
+  const float* norms;       // (columns,) ‖x‖²
+  int64_t first_id;         // of column 0; first_id + columns ≤ 2^32
+  const int64_t* excluded;  // (rows, 2) ids [from, to) that are not this query's to find, or null
+};
+Status topk_filter_update(const TopkFilterUpdate& op, const Launch& launch);
+
+// Cuts to `keep`, and gives the candidates with ids [first_id, first_id + stored_rows) their distance Σ (q − x)².
+struct TopkFilterRefine {
+  TopkBuffers buffers;
+  const float* queries;  // (rows, dim)
+  const void* stored;    // (stored_rows, dim) float16
+  int64_t stored_stride;
+  int64_t rows;
+  int64_t stored_rows;
+  int64_t dim;
+  int64_t first_id;
+};
+Status topk_filter_refine(const TopkFilterRefine& op, const Launch& launch);
+
+// The k least distances of each query, ascending, equal ones by id; +inf and −1 where there are fewer.
+struct TopkFilterSelect {
+  TopkBuffers buffers;
+  int64_t rows;
+  int64_t k;         // at most keep
+  float* distances;  // (rows, k)
+  int64_t* ids;      // (rows, k)
+};
+Status topk_filter_select(const TopkFilterSelect& op, const Launch& launch);
 
 // What was built, what runs. A level is "portable", "avx2" (AVX2, FMA, F16C) or "avx512" (F, BW, VL, DQ).
 const char* simd_level();                     // in use: the best that the machine has, or MEMDEC_SIMD from the environment

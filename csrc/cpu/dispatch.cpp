@@ -95,8 +95,12 @@ const char* const* simd_levels_built() {
     });                                                                                                          \
   }
 
+MEMDEC_CPU_OP(aggregate_neighbors, AggregateNeighbors)
 MEMDEC_CPU_OP(token_log_prob, TokenLogProb)
 MEMDEC_CPU_OP(alignment_loss, AlignmentLoss)
 MEMDEC_CPU_OP(alignment_gradient, AlignmentGradient)
+MEMDEC_CPU_OP(topk_filter_refine, TopkFilterRefine)
+MEMDEC_CPU_OP(topk_filter_select, TopkFilterSelect)
+MEMDEC_CPU_OP(topk_filter_update, TopkFilterUpdate)
 
 }  // namespace memdec

@@ -129,4 +129,6 @@ void parallel_ranges(int64_t count, int64_t grain, int threads, void (*work)(con
   if (job.error) std::rethrow_exception(job.error);
 }
 
+void yield_thread() { std::this_thread::yield(); }
+
 }  // namespace memdec

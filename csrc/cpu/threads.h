@@ -11,6 +11,9 @@ namespace memdec {
 void parallel_ranges(int64_t count, int64_t grain, int threads, void (*work)(const void* context, int64_t begin, int64_t end),
                      const void* context);
 
+// Lets another thread run on this core.
+void yield_thread();
+
 namespace {
 
 // parallel_ranges for a callable f(begin, end).

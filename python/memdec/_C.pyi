@@ -38,3 +38,48 @@ def alignment_gradient(
     threads: int,
     /,
 ) -> None: ...
+def aggregate_neighbors(
+    distances: _Rows,
+    token_ids: int,
+    token_ids_stride: int,
+    wide_ids: bool,
+    temperature: float,
+    vocab_size: int,
+    min_prob: float,
+    max_tokens: int,
+    out_indptr: int,
+    out_ids: int,
+    out_probs: int,
+    residual: int,
+    threads: int,
+    /,
+) -> None: ...
+
+# keys, counts, thresholds, capacity, keep
+_TopkBuffers = tuple[int, int, int, int, int]
+
+def topk_filter_update(
+    buffers: _TopkBuffers,
+    products: int,
+    products_stride: int,
+    rows: int,
+    columns: int,
+    norms: int,
+    first_id: int,
+    excluded: int,
+    threads: int,
+    /,
+) -> None: ...
+def topk_filter_refine(
+    buffers: _TopkBuffers,
+    queries: int,
+    stored: int,
+    stored_stride: int,
+    rows: int,
+    stored_rows: int,
+    dim: int,
+    first_id: int,
+    threads: int,
+    /,
+) -> None: ...
+def topk_filter_select(buffers: _TopkBuffers, rows: int, k: int, distances: int, ids: int, threads: int, /) -> None: ...

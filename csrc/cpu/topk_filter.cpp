@@ -1,0 +1,192 @@
+// The k nearest of many rows, found as the distances pass by in blocks: exact search.
+//
+// The caller multiplies a block of queries by a block of stored rows (a matrix product, the work proper) and hands over the
+// products. What is to be ranked is ‖x‖² − 2·q·x, which is the squared distance less ‖q‖², the same for all of a query's rows.
+//
+//   topk_filter_update   compares a block of products with each query's threshold, many at a time, and pushes what is below into
+//                        the query's buffer; a full buffer is cut to the `keep` best, whose worst is the new threshold
+//   topk_filter_refine   replaces the rank of the candidates among a block of stored rows by Σ (q − x)², computed without
+//                        cancellation and in an order that does not depend on how the work was cut
+//   topk_filter_select   sorts the k best of every query
+//
+// Traffic: each product is read once. For N rows in no particular order a query sees about keep·log₂(N / keep) pushes.
+//
+// A candidate is a 64-bit key, the distance's rank above the row's id. Blocks come in ascending order of ids and the comparison is
+// strict, so of equal distances the lowest ids are kept.
+#include "cpu/rows.h"
+#include "cpu/select.h"
+
+namespace memdec::MEMDEC_LEVEL {
+
+namespace {
+
+// One query's buffer of candidates.
+struct Candidates {
+  uint64_t* keys;
+  int64_t count;
+  int64_t capacity;
+  int64_t keep;
+  float threshold;
+
+  void cut(uint64_t* scratch) {
+    if (count <= keep) return;
+    threshold = float_of_rank(static_cast<uint32_t>(select_smallest(keys, count, keep, scratch) >> 32));
+    count = keep;
+  }
+};
+
+// What is pushed between two looks at the room that is left.
+constexpr int64_t stride = 16;
+
+// Pushes what is below the threshold of columns [begin, end).
+inline void filter_columns(const float* products, const float* norms, int64_t begin, int64_t end, uint32_t first_id,
+                           Candidates& row, uint64_t* scratch) {
+  int64_t j = begin;
+#if defined(MEMDEC_LEVEL_IS_avx512)
+  const __m512 minus_two = _mm512_set1_ps(-2.0f);
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512 threshold = _mm512_set1_ps(row.threshold);
+  for (; j + stride <= end; j += stride) {
+    const __m512 distance = _mm512_fmadd_ps(minus_two, _mm512_loadu_ps(products + j), _mm512_loadu_ps(norms + j));
+    const __mmask16 below = _mm512_cmp_ps_mask(distance, threshold, _CMP_LT_OQ);
+    if (below == 0) continue;
+    if (row.count + stride > row.capacity) {
+      row.cut(scratch);
+      threshold = _mm512_set1_ps(row.threshold);
+    }
+    const __m512i bits = _mm512_castps_si512(distance);
+    const __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(static_cast<int>(0x80000000u)));
+    const __m512i ranks = _mm512_maskz_compress_epi32(below, _mm512_xor_si512(bits, flip));
+    const __m512i ids = _mm512_maskz_compress_epi32(
+        below, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first_id + static_cast<uint32_t>(j)))));
+    const auto keys = [](__m256i rank, __m256i id) {
+      return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(rank), 32), _mm512_cvtepu32_epi64(id));
+    };
+    uint64_t* const to = row.keys + row.count;
+    _mm512_storeu_si512(to, keys(_mm512_castsi512_si256(ranks), _mm512_castsi512_si256(ids)));
+    const int pushed = __builtin_popcount(below);
+    if (pushed > 8) _mm512_storeu_si512(to + 8, keys(_mm512_extracti64x4_epi64(ranks, 1), _mm512_extracti64x4_epi64(ids, 1)));
+    row.count += pushed;
+  }
+#endif
+  while (j < end) {
+    const int64_t stop = smaller(end, j + stride);
+#if !defined(MEMDEC_LEVEL_IS_avx512)
+    // Most strides hold nothing: looking at sixteen at once is what the compiler can vectorise.
+    if (stop - j == stride) {
+      int found = 0;
+      for (int i = 0; i < stride; ++i) found |= norms[j + i] - 2.0f * products[j + i] < row.threshold;
+      if (!found) {
+        j = stop;
+        continue;
+      }
+    }
+#endif
+    if (row.count + stride > row.capacity) row.cut(scratch);
+    for (; j < stop; ++j) {
+      const float distance = norms[j] - 2.0f * products[j];
+      if (distance < row.threshold) row.keys[row.count++] = key_of(rank_of(distance), first_id + static_cast<uint32_t>(j));
+    }
+  }
+}
+
+// Σ (q − x)² over d elements. Sixteen partial sums, added up in a fixed tree, on every level.
+inline float squared_distance(const float* q, const float16* x, int64_t d) {
+  constexpr int64_t lanes = 16;
+  constexpr int64_t vectors = lanes / VecF::width;
+  VecF sum[vectors];
+  for (VecF& s : sum) s = broadcast<VecF>(0.0f);
+  int64_t i = 0;
+  for (; i + lanes <= d; i += lanes)
+    for (int64_t v = 0; v < vectors; ++v) {
+      const VecF difference = load(q + i + v * VecF::width) - load(x + i + v * VecF::width);
+      sum[v] = fma(difference, difference, sum[v]);
+    }
+  float lane[lanes];
+  for (int64_t v = 0; v < vectors; ++v) store(lane + v * VecF::width, sum[v]);
+  for (int64_t l = 0; i < d; ++i, ++l) {
+    const float difference = q[i] - to_float(x[i]);
+    lane[l] += difference * difference;
+  }
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+}  // namespace
+
+Status topk_filter_update(const TopkFilterUpdate& op, const Launch& launch) {
+  const TopkBuffers& buffers = op.buffers;
+  const int threads = threads_for(op.rows * op.columns, launch.threads);
+  parallel(op.rows, larger(1, op.rows / (threads * int64_t{16})), threads, [&](int64_t begin, int64_t end) {
+    const Scratch<uint64_t> scratch(buffers.capacity + select_slack);
+    for (int64_t r = begin; r < end; ++r) {
+      const float* const products = op.products + r * op.products_stride;
+      Candidates row{buffers.keys + r * buffers.capacity, buffers.counts[r], buffers.capacity - select_slack, buffers.keep,
+                     buffers.thresholds[r]};
+      // Columns [hidden, shown) are not this query's to find.
+      int64_t hidden = op.columns, shown = op.columns;
+      if (op.excluded) {
+        hidden = larger(0, smaller(op.columns, op.excluded[2 * r] - op.first_id));
+        shown = larger(hidden, smaller(op.columns, op.excluded[2 * r + 1] - op.first_id));
+      }
+      const uint32_t first_id = static_cast<uint32_t>(op.first_id);
+      filter_columns(products, op.norms, 0, hidden, first_id, row, scratch.data);
+      filter_columns(products, op.norms, shown, op.columns, first_id, row, scratch.data);
+      buffers.counts[r] = static_cast<int32_t>(row.count);
+      buffers.thresholds[r] = row.threshold;
+    }
+  });
+  return {};
+}
+
+Status topk_filter_refine(const TopkFilterRefine& op, const Launch& launch) {
+  const TopkBuffers& buffers = op.buffers;
+  const int threads = threads_for(op.rows * buffers.keep * op.dim, launch.threads);
+  parallel(op.rows, larger(1, op.rows / (threads * int64_t{16})), threads, [&](int64_t begin, int64_t end) {
+    const Scratch<uint64_t> scratch(buffers.capacity + select_slack);
+    const float16* const stored = static_cast<const float16*>(op.stored);
+    for (int64_t r = begin; r < end; ++r) {
+      Candidates row{buffers.keys + r * buffers.capacity, buffers.counts[r], buffers.capacity - select_slack, buffers.keep, 0};
+      row.cut(scratch.data);
+      buffers.counts[r] = static_cast<int32_t>(row.count);
+      constexpr int64_t ahead = 4;  // rows to fetch in advance: they lie anywhere
+      for (int64_t i = 0; i < row.count; ++i) {
+        const int64_t at = static_cast<int64_t>(row.keys[i] & 0xffffffffu) - op.first_id;
+        if (i + ahead < row.count) {
+          const int64_t later = static_cast<int64_t>(row.keys[i + ahead] & 0xffffffffu) - op.first_id;
+          if (later >= 0 && later < op.stored_rows)
+            for (int64_t byte = 0; byte < op.dim * 2; byte += 64)
+              __builtin_prefetch(reinterpret_cast<const char*>(stored + later * op.stored_stride) + byte);
+        }
+        if (at < 0 || at >= op.stored_rows) continue;
+        const float distance = squared_distance(op.queries + r * op.dim, stored + at * op.stored_stride, op.dim);
+        row.keys[i] = key_of(rank_of(distance), static_cast<uint32_t>(row.keys[i]));
+      }
+    }
+  });
+  return {};
+}
+
+Status topk_filter_select(const TopkFilterSelect& op, const Launch& launch) {
+  const TopkBuffers& buffers = op.buffers;
+  const int threads = threads_for(op.rows * buffers.keep * 16, launch.threads);
+  parallel(op.rows, larger(1, op.rows / (threads * int64_t{16})), threads, [&](int64_t begin, int64_t end) {
+    const Scratch<uint64_t> scratch(buffers.capacity + select_slack);
+    for (int64_t r = begin; r < end; ++r) {
+      uint64_t* const keys = buffers.keys + r * buffers.capacity;
+      int64_t count = buffers.counts[r];
+      if (count > op.k) select_smallest(keys, count, op.k, scratch.data);
+      count = smaller(count, op.k);
+      radix_sort(keys, count, scratch.data);
+      for (int64_t i = 0; i < op.k; ++i) {
+        const bool found = i < count;
+        op.distances[r * op.k + i] = found ? float_of_rank(static_cast<uint32_t>(keys[i] >> 32)) : INFINITY;
+        op.ids[r * op.k + i] = found ? static_cast<int64_t>(keys[i] & 0xffffffffu) : -1;
+      }
+    }
+  });
+  return {};
+}
+
+}  // namespace memdec::MEMDEC_LEVEL
