@@ -7,7 +7,15 @@ that may be strided; it accumulates in float32 (float64 for float64) and returns
 from memdec.ops import reference
 from memdec.ops.aggregate_neighbors import aggregate_neighbors
 from memdec.ops.alignment_loss import alignment_loss
+from memdec.ops.linear_alignment_loss import linear_alignment_loss
 from memdec.ops.reference import AlignmentLoss
 from memdec.ops.token_log_prob import token_log_prob
 
-__all__ = ["AlignmentLoss", "aggregate_neighbors", "alignment_loss", "reference", "token_log_prob"]
+__all__ = [
+    "AlignmentLoss",
+    "aggregate_neighbors",
+    "alignment_loss",
+    "linear_alignment_loss",
+    "reference",
+    "token_log_prob",
+]

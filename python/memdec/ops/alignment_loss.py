@@ -88,7 +88,7 @@ def alignment_loss(
         parts = torch.ops.memdec.alignment_loss(logits, labels.long(), *arrays, beta, ignore_index, reduction)
         return AlignmentLoss(*parts[:3])
     if not wants_grad(logits):
-        return AlignmentLoss(*_loss(logits, labels, arrays, beta, ignore_index, reduction))
+        return AlignmentLoss(*loss(logits, labels, arrays, beta, ignore_index, reduction))
     function = _InPlace if grad_in_place else _Separate
     parts = function.apply(logits, labels, *arrays, beta, ignore_index, reduction)  # type: ignore[no-untyped-call]
     return AlignmentLoss(*parts)
@@ -100,7 +100,7 @@ def _pointers(teacher: Teacher) -> tuple[tuple[int, int, int, int], Teacher]:
     return (indptr.data_ptr(), token_ids.data_ptr(), probs.data_ptr(), token_ids.numel()), (indptr, token_ids, probs)
 
 
-def _loss(
+def loss(
     logits: Tensor,
     labels: Tensor,
     teacher: Teacher,
@@ -153,7 +153,7 @@ def _loss_and_rows(
     row_max = torch.empty(logits.shape[:-1], dtype=accumulator(logits))
     row_sum = torch.empty_like(row_max)
     teacher = (indptr, token_ids, probs)
-    parts = _loss(logits, labels, teacher, beta, ignore_index, reduction, row_max=row_max, row_sum=row_sum)
+    parts = loss(logits, labels, teacher, beta, ignore_index, reduction, row_max=row_max, row_sum=row_sum)
     return (*parts, row_max, row_sum)
 
 
@@ -169,6 +169,7 @@ def gradient(
     beta: float,
     ignore_index: int,
     reduction: str,
+    out: Tensor | None = None,  # may be logits
 ) -> Tensor:
     """d total / d logits · grad_total, in the logits' dtype."""
     logits, described = rows(logits)
@@ -177,7 +178,7 @@ def gradient(
     if indptr is not None and token_ids is not None and probs is not None:
         sparse, _alive = _pointers((indptr, token_ids, probs))
     grad_total = grad_total.to(row_max.dtype).contiguous()
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    grad = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
     _C.alignment_gradient(
         described,
         labels.data_ptr(),
@@ -248,7 +249,7 @@ class _InPlace(torch.autograd.Function):
                 f"logits: got strides {logits.stride()} for shape {tuple(logits.shape)}, which grad_in_place cannot "
                 f"write to; pass logits.contiguous(), or grad_in_place=False"
             )
-        total, kl, ce = _loss(logits, labels, (indptr, token_ids, probs), beta, ignore_index, reduction, grad=described)
+        total, kl, ce = loss(logits, labels, (indptr, token_ids, probs), beta, ignore_index, reduction, grad=described)
         # Whoever saved these logits for a backward pass of its own is told by autograd that they are gone.
         torch.autograd.graph.increment_version(logits)
         ctx.gradient = logits.detach()
