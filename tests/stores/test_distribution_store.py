@@ -81,6 +81,8 @@ def test_round_trip(tmp_path: Path, codec: str, relative: float, vocab_size: int
     some = torch.tensor([699, 0, 1, 2, 255, 256, 257, 5, 5, 4, 600])
     for one in (store, pickle.loads(pickle.dumps(store))):
         assert_close(one.rows(some), teacher.select(some), relative)
+    shuffled = torch.randint(0, 700, (300,), generator=torch.Generator().manual_seed(0))
+    assert_close(store.rows(shuffled), teacher.select(shuffled), relative)
     assert store.rows(torch.zeros(0, dtype=torch.int64)).num_rows == 0
     assert store.slice(300, 300).num_rows == 0
     with pytest.raises(IndexError):

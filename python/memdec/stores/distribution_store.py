@@ -43,6 +43,7 @@ LOG8_FLOOR = 1e-6
 _LOG8_TABLE = np.exp(math.log(LOG8_FLOOR) * (1 - np.arange(256) / 255)).astype(np.float32)
 _MASS_TOLERANCE = 1e-3
 _CACHED_SHARDS = 64
+_MANY_RUNS = 64  # from here on, indexing costs less than slicing
 
 
 class DistributionStore:
@@ -105,6 +106,8 @@ class DistributionStore:
         if int(ids.min()) < 0 or int(ids.max()) >= self.num_rows:
             raise IndexError(f"row ids from {ids.min()} to {ids.max()} are not within the store's {self.num_rows} rows")
         breaks = np.flatnonzero(np.diff(ids) != 1) + 1
+        if len(breaks) > _MANY_RUNS and len(breaks) > ids.size // 16:
+            return self._gather(ids)
         starts = ids[np.concatenate([[0], breaks])]
         stops = ids[np.concatenate([breaks, [ids.size]]) - 1] + 1
         return self._read(list(zip(starts.tolist(), stops.tolist(), strict=True)))
@@ -152,6 +155,30 @@ class DistributionStore:
                 start = end
                 index += 1
         return _decode({name: _join(part) for name, part in parts.items()}, wide=wide, vocab_size=self.vocab_size)
+
+    def _gather(self, ids: Array) -> SparseDistributions:
+        """Rows from all over the store, a shard at a time: each pair is copied from its place to its place."""
+        wide = self.vocab_size > 65536
+        codes = "codes" if self.codec == "log8" else "probs"
+        shard_of = np.searchsorted(self._first_row, ids, side="right") - 1
+        groups = [(int(index), np.flatnonzero(shard_of == index)) for index in np.unique(shard_of)]
+        lengths, residual = np.zeros(ids.size, np.int64), np.zeros(ids.size, np.float32)
+        for index, places in groups:
+            arrays, local = self._open_shard(index), ids[places] - self._first_row[index]
+            lengths[places], residual[places] = arrays["lengths"][local], arrays["residual"][local]
+        starts = np.cumsum(lengths) - lengths
+        packed: dict[str, Array] = {"lengths": lengths, "residual": residual}
+        for index, places in groups:
+            arrays, local, count = self._open_shard(index), ids[places] - self._first_row[index], lengths[places]
+            within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+            source = np.repeat(arrays["indptr"][local], count) + within
+            target = np.repeat(starts[places], count) + within
+            for name in ("token_ids", "token_ids_high", "codes") if wide else ("token_ids", "codes"):
+                column = arrays[codes if name == "codes" else name]
+                if name not in packed:
+                    packed[name] = np.empty(int(lengths.sum()), column.dtype)
+                packed[name][target] = column[source]
+        return _decode(packed, wide=wide, vocab_size=self.vocab_size)
 
 
 def _join(parts: list[Array]) -> Array:
