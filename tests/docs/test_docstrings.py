@@ -28,5 +28,7 @@ def test_ops_have_examples() -> None:
     """Each public op shows a runnable example (house rule)."""
     from memdec import ops
 
-    without = [name for name in ops.__all__ if inspect.isfunction(op := getattr(ops, name)) and ">>>" not in (op.__doc__ or "")]
+    without = [
+        name for name in ops.__all__ if inspect.isfunction(op := getattr(ops, name)) and ">>>" not in (op.__doc__ or "")
+    ]
     assert without == []
