@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,8 +39,9 @@ def progress(
     *,
     done: int = 0,  # units that an earlier run did
 ) -> Iterator[Callable[[int], None]]:
-    """Show progress on standard error while the block runs, if that is a terminal; yields ``advance(units)``."""
-    if not sys.stderr.isatty():
+    """Show progress on standard error while the block runs, if that is a terminal and ``--quiet`` was not given; yields
+    ``advance(units)``."""
+    if not sys.stderr.isatty() or os.environ.get("MEMDEC_QUIET"):  # --quiet
         yield lambda units: None
         return
     columns = (
