@@ -1,0 +1,159 @@
+"""kNN-LM (Khandelwal et al., arXiv 1911.00172): the retriever that a memory imitates, as a rival on the same tokens.
+
+    p(y|x) = λ·p_kNN(y|x) + (1−λ)·p_base(y|x)
+    p_kNN(y|x) ∝ Σ over the k nearest (key, value) of 1[y = value]·exp(−d/T)
+
+with d the squared L2 distance between the base's key of x and the datastore's. Only the probability of the token that
+came is needed for perplexity, so no distribution over the vocabulary is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memdec.errors import MemdecError
+from memdec.modeling.keys import hidden_and_keys
+from memdec.stores.windows import Window
+
+# The search's working memory where the caller names none.
+MEMORY_LIMIT = "1GiB"
+# Queries whose neighbours are held at once: k = 1024 of them take 12 bytes each, so a chunk takes 50 MB.
+QUERY_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """How the kNN-LM is set: ``k`` neighbours, ``temperature`` T, ``weight`` λ, and where the last two come from."""
+
+    k: int
+    temperature: float
+    weight: float
+    source: str
+
+
+def window_keys(
+    model: Any,
+    tokens: Tensor,  # (T,) int token ids
+    cut: list[Window],
+    *,
+    layer: str | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The model's keys at every row that a window scores.
+
+    Args:
+        model: the causal LM that made the datastore.
+        tokens: the stream that the windows point into.
+        cut: the windows; each scored row is scored by one of them.
+        layer: the datastore's layer, if it was not found by structure.
+        batch_size: windows a forward.
+        progress: called with the number of rows done since the last call.
+
+    Returns:
+        The row ids, int64 (n,) ascending, and their keys, float16 (n, d), as the datastore holds its own.
+    """
+    rows: list[Tensor] = []
+    keys: list[Tensor] = []
+    order = sorted(cut, key=lambda window: window.start - window.stop)
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        length = max(window.stop - window.start for window in batch) - 1
+        inputs = torch.zeros(len(batch), length, dtype=torch.long)
+        for index, window in enumerate(batch):
+            inputs[index, : window.stop - window.start - 1] = tokens[window.start : window.stop - 1]
+        _, found = hidden_and_keys(model, inputs, layer)
+        for index, window in enumerate(batch):
+            part = found[index, window.score_from - window.start : window.stop - window.start - 1]
+            rows.append(torch.arange(window.score_from, window.stop - 1))
+            keys.append(part.to(device="cpu", dtype=torch.float16))
+            if progress is not None:
+                progress(window.num_rows)
+    all_rows, all_keys = torch.cat(rows), torch.cat(keys)
+    order_of_rows = all_rows.argsort()
+    return all_rows[order_of_rows], all_keys[order_of_rows]
+
+
+def target_log_prob(
+    distances: Tensor,  # (n, k) float32 squared L2; inf = no neighbour
+    neighbour_tokens: Tensor,  # (n, k) int; the neighbours' values
+    targets: Tensor,  # (n,) int
+    temperature: float,
+) -> Tensor:  # (n,) float64
+    """log p_kNN(target), −inf where no neighbour holds it."""
+    weights = -distances.double() / temperature
+    hits = neighbour_tokens == targets[:, None]
+    return torch.logsumexp(weights.masked_fill(~hits, -math.inf), 1) - torch.logsumexp(weights, 1)
+
+
+def knn_log_prob(
+    model: Any,
+    datastore: Any,
+    tokens: Tensor,  # (T,) int token ids
+    cut: list[Window],
+    *,
+    k: int,
+    temperature: float,
+    batch_size: int = 8,
+    memory_limit: str = MEMORY_LIMIT,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:  # (T−1,) float32
+    """log p_kNN(token r+1) for every row r that a window scores, NaN for the others; −inf where no neighbour holds it.
+
+    Args:
+        model: the base model that embedded the datastore.
+        datastore: a `memdec.stores.datastore.Datastore`.
+        tokens: held-out tokens; none of them is in the datastore, so no row is excluded.
+        cut: windows over them.
+        k: neighbours, at most the datastore's rows.
+        temperature: T.
+        batch_size: windows a forward.
+        memory_limit: working memory of the search.
+        progress: called with the number of rows embedded since the last call.
+    """
+    from memdec.pipeline.search import search_exact
+
+    rows, keys = window_keys(model, tokens, cut, layer=datastore.layer, batch_size=batch_size, progress=progress)
+    if keys.shape[1] != datastore.dim:
+        raise MemdecError(
+            f"The base model's keys have {keys.shape[1]} numbers and the datastore's {datastore.dim}: the datastore "
+            f"was made with another model ({datastore.model}). Evaluate with that one, or leave knn-lm out."
+        )
+    values = datastore.values(0, datastore.num_rows)
+    scores = torch.full((int(tokens.numel()) - 1,), math.nan)
+    for first in range(0, rows.numel(), QUERY_CHUNK):
+        chunk = rows[first : first + QUERY_CHUNK]
+        queries = keys[first : first + QUERY_CHUNK]
+        distances, ids = search_exact(queries, datastore, min(k, datastore.num_rows), memory_limit=memory_limit)
+        neighbours = torch.where(ids >= 0, values[ids.clamp(min=0)], -1)
+        scores[chunk] = target_log_prob(distances, neighbours, tokens[chunk + 1], temperature).float()
+    return scores
+
+
+def tune_knn(datastore: Any, *, k: int = 1024, memory_limit: str = MEMORY_LIMIT) -> KnnSettings:
+    """T and λ by the likelihood of the interpolated kNN-LM on the validation rows that the datastore carries.
+
+    Raises:
+        MemdecError: the datastore carries no validation rows.
+    """
+    from memdec.pipeline.search import search_exact
+    from memdec.pipeline.temperature import choose_temperature
+
+    validation = datastore.validation
+    if validation is None:
+        raise MemdecError(
+            "The datastore carries no validation rows, so the kNN-LM's temperature and weight cannot be chosen. "
+            "Make it again from a corpus with a validation split, or leave knn-lm out of --compare."
+        )
+    k = min(k, datastore.num_rows)
+    distances, ids = search_exact(validation.keys, datastore, k, memory_limit=memory_limit)
+    values = datastore.values(0, datastore.num_rows)
+    neighbours = torch.where(ids >= 0, values[ids.clamp(min=0)], -1)
+    temperature, weight, _ = choose_temperature(distances, neighbours, validation.values, validation.base_log_prob)
+    return KnnSettings(k, float(temperature), float(weight), "chosen on validation text")
