@@ -1,0 +1,335 @@
+"""``memdec corpus``, ``datastore``, ``distributions``, ``train``, and ``fit``, which runs the four of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memdec.cli.guard import guarded
+from memdec.errors import MemdecError
+
+Model = Annotated[str, typer.Argument(help="A causal LM: a transformers folder, a hub id, or a .gguf file.")]
+Source = Annotated[
+    str, typer.Argument(help="A file or folder of .txt, .md, .html, .jsonl(.gz) or .parquet, or a dataset as hf:NAME.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder to make; a run that was stopped there is continued.")]
+Fractions = Annotated[str, typer.Option(help="Shares of the documents for training, validation and test.")]
+Seed = Annotated[int, typer.Option(help="Another seed holds out other documents and shuffles otherwise.")]
+TextField = Annotated[str, typer.Option(help="The field or column with the text, in .jsonl, .parquet and datasets.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that tokenise; the result does not depend on it.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Use at most so many tokens of the text.")]
+Context = Annotated[int, typer.Option(help="Tokens in a window.")]
+Stride = Annotated[
+    int | None, typer.Option(help="How far windows are apart; default: they overlap by one token. The paper's is 512.")
+]
+Layer = Annotated[str | None, typer.Option(help="Module whose input is the key; default: the last block's MLP.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows in one forward.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: an accelerator if there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16 where the machine has it), float32, bfloat16 or float16.")]
+Neighbours = Annotated[int, typer.Option("--k", min=1, help="Neighbours of a position; the paper takes 1024.")]
+Temperature = Annotated[float | None, typer.Option(help="T of exp(-distance/T); default: chosen on validation text.")]
+Backend = Annotated[str, typer.Option(help="exact, or with faiss: flat, ivfflat, ivfpq.")]
+SameDocument = Annotated[
+    bool, typer.Option("--exclude-same-document", help="No neighbours from the position's own document.")
+]
+Codec = Annotated[str, typer.Option(help="How probabilities are stored: log8 (one byte) or float16.")]
+MemoryLimit = Annotated[str, typer.Option(help="Working memory of the search, such as 1GiB.")]
+Init = Annotated[
+    str | None, typer.Option(help="Model that the memory starts from, same tokenizer; default: the base model.")
+]
+Layers = Annotated[int | None, typer.Option(min=1, help="Blocks that the memory keeps of it; default: all.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Times the training text is read.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Number of steps, whatever --epochs says.")]
+Beta = Annotated[float, typer.Option(help="Weight of KL(teacher, memory) against cross-entropy, 0 to 1.")]
+TrainBatch = Annotated[int, typer.Option(min=1, help="Training windows in one forward.")]
+Accumulation = Annotated[int, typer.Option(min=1, help="Forwards in one training step.")]
+Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
+Schedule = Annotated[str, typer.Option(help="cosine, linear or constant.")]
+EvalEvery = Annotated[int | None, typer.Option(min=1, help="Steps between evaluations; default: about four a run.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command(short_help="From text to a memory in one go.")(fit)
+    app.command(short_help="Stage 1: documents to tokens, split and deduplicated.")(corpus)
+    app.command(short_help="Stage 2: run the model, keep a key a token.")(datastore)
+    app.command(short_help="Stage 3: search neighbours, store what followed them.")(distributions)
+    app.command(short_help="Stage 4: train the memory, tune its weight.")(train)
+
+
+@guarded(resumable=True)
+def fit(
+    model: Model,
+    source: Source,
+    out: Out,
+    fractions: Fractions = "0.9,0.05,0.05",
+    seed: Seed = 0,
+    text_field: TextField = "text",
+    workers: Workers = 1,
+    max_tokens: MaxTokens = None,
+    context: Context = 1024,
+    stride: Stride = None,
+    layer: Layer = None,
+    k: Neighbours = 1024,
+    temperature: Temperature = None,
+    backend: Backend = "exact",
+    exclude_same_document: SameDocument = False,
+    codec: Codec = "log8",
+    memory_limit: MemoryLimit = "1GiB",
+    init: Init = None,
+    layers: Layers = None,
+    epochs: Epochs = 3,
+    max_steps: MaxSteps = None,
+    beta: Beta = 0.5,
+    batch_size: TrainBatch = 4,
+    gradient_accumulation: Accumulation = 1,
+    learning_rate: Rate = 1e-4,
+    schedule: Schedule = "cosine",
+    eval_every: EvalEvery = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """From a model and a folder of text to a memory, in one go: corpus, datastore, distributions, training.
+
+    Stopped at any point, even by kill -9, the same command continues and ends with the same bytes. OUT holds corpus,
+    datastore, distributions, training and, at the end, memory: attach that with `memdec generate` or MemoryModel.
+
+    \b
+    Examples:
+      memdec fit path/to/model path/to/text --out run
+      memdec fit path/to/model notes.jsonl --out run --context 512 --epochs 1 --max-tokens 100000
+      memdec fit path/to/large-model text --init path/to/small-model --out run      a small memory for a large base
+    """
+    from memdec.pipeline.fit import fit as run_fit
+
+    options = _given(
+        fractions=parse_fractions(fractions),
+        seed=seed,
+        text_field=text_field,
+        workers=workers,
+        max_tokens=max_tokens,
+        context=context,
+        stride=stride,
+        layer=layer,
+        k=k,
+        temperature=temperature,
+        backend=backend,
+        exclude_same_document=exclude_same_document,
+        codec=codec,
+        memory_limit=memory_limit,
+        init=init,
+        layers=layers,
+        epochs=epochs,
+        max_steps=max_steps,
+        beta=beta,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        eval_every=eval_every,
+        device=device,
+        dtype=dtype,
+    )
+    memory = run_fit(model, source, out, **options)
+    typer.echo(f"Memory: {memory}")
+    typer.echo(f'Try it: memdec generate --base {model} --memory {memory} --side-by-side "..."')
+
+
+@guarded(resumable=True)
+def corpus(
+    model: Annotated[str, typer.Argument(help="The model whose tokenizer to use.")],
+    source: Source,
+    out: Out,
+    fractions: Fractions = "0.9,0.05,0.05",
+    seed: Seed = 0,
+    text_field: TextField = "text",
+    workers: Workers = 1,
+    max_tokens: MaxTokens = None,
+) -> None:
+    """Stage 1: read the documents, drop exact copies, split them by document, tokenise.
+
+    \b
+    Example:
+      memdec corpus path/to/model path/to/text --out run/corpus
+    """
+    from memdec.pipeline.corpus import build_corpus
+
+    made = build_corpus(
+        source,
+        model,
+        out,
+        fractions=parse_fractions(fractions),
+        seed=seed,
+        text_field=text_field,
+        workers=workers,
+        max_tokens=max_tokens,
+    )
+    counts = ", ".join(
+        f"{made.split(name).num_tokens:,} tokens in {made.split(name).num_documents:,} documents for {name}"
+        for name in ("train", "validation", "test")
+    )
+    typer.echo(f"Corpus: {out} ({counts})")
+
+
+@guarded(resumable=True)
+def datastore(
+    model: Model,
+    corpus: Annotated[Path, typer.Argument(help="The corpus that `memdec corpus` made.")],
+    out: Out,
+    context: Context = 1024,
+    stride: Stride = None,
+    layer: Layer = None,
+    batch_size: BatchSize = 8,
+    validation_rows: Annotated[int, typer.Option(min=0, help="Validation positions kept for choosing T.")] = 8192,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Stage 2: run the model over the training text and keep, for every position, its key and the token that came.
+
+    \b
+    Example:
+      memdec datastore path/to/model run/corpus --out run/datastore
+    """
+    from memdec.pipeline.embed import build_datastore
+
+    made = build_datastore(
+        model,
+        open_corpus(corpus),
+        out,
+        **_given(
+            context=context,
+            stride=stride,
+            layer=layer,
+            batch_size=batch_size,
+            validation_rows=validation_rows,
+            device=device,
+            dtype=dtype,
+        ),
+    )
+    typer.echo(f"Datastore: {out} ({made.num_rows:,} keys of {made.dim} numbers)")
+
+
+@guarded(resumable=True)
+def distributions(
+    datastore: Annotated[Path, typer.Argument(help="The datastore that `memdec datastore` made.")],
+    out: Out,
+    k: Neighbours = 1024,
+    temperature: Temperature = None,
+    backend: Backend = "exact",
+    exclude_same_document: SameDocument = False,
+    min_prob: Annotated[float, typer.Option(help="Probabilities below this are cut; their sum is kept.")] = 1e-6,
+    codec: Codec = "log8",
+    memory_limit: MemoryLimit = "1GiB",
+) -> None:
+    """Stage 3: for every position find its nearest others and store what tokens followed them, as a distribution.
+
+    \b
+    Example:
+      memdec distributions run/datastore --out run/distributions --k 1024
+    """
+    from memdec.pipeline.distributions import build_distributions
+    from memdec.stores.datastore import Datastore
+
+    made = build_distributions(
+        Datastore.open(datastore),
+        out,
+        **_given(
+            k=k,
+            temperature=temperature,
+            backend=backend,
+            exclude_same_document=exclude_same_document,
+            min_prob=min_prob,
+            codec=codec,
+            memory_limit=memory_limit,
+        ),
+    )
+    typer.echo(f"Distributions: {out} ({made.num_rows:,} rows, {made.nnz / max(made.num_rows, 1):.0f} tokens a row)")
+
+
+@guarded(resumable=True)
+def train(
+    init: Annotated[str, typer.Argument(help="Model that the memory starts from.")],
+    corpus: Annotated[Path, typer.Argument(help="The corpus that `memdec corpus` made.")],
+    distributions: Annotated[Path, typer.Argument(help="What `memdec distributions` made.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder that gets `training` and `memory`.")],
+    base: Annotated[
+        str | None, typer.Option(help="Model that the memory will be mixed with; default: the one it starts from.")
+    ] = None,
+    layers: Layers = None,
+    epochs: Epochs = 3,
+    max_steps: MaxSteps = None,
+    beta: Beta = 0.5,
+    batch_size: TrainBatch = 4,
+    gradient_accumulation: Accumulation = 1,
+    learning_rate: Rate = 1e-4,
+    schedule: Schedule = "cosine",
+    seed: Seed = 0,
+    eval_every: EvalEvery = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Stage 4: train the memory on text and distributions, keep the best by the mixture's perplexity, tune alpha.
+
+    \b
+    Examples:
+      memdec train path/to/model run/corpus run/distributions --out run
+      torchrun --nproc-per-node 4 -m memdec.cli train path/to/model run/corpus run/distributions --out run
+    """
+    from memdec.pipeline.train import train_memory
+
+    made = train_memory(
+        init,
+        open_corpus(corpus),
+        distributions,
+        out,
+        **_given(
+            base=base,
+            layers=layers,
+            epochs=epochs,
+            max_steps=max_steps,
+            beta=beta,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            learning_rate=learning_rate,
+            schedule=schedule,
+            seed=seed,
+            eval_every=eval_every,
+            device=device,
+            dtype=dtype,
+        ),
+    )
+    typer.echo(f"Memory: {made}")
+
+
+def open_corpus(folder: Path) -> Any:
+    """The corpus in ``folder``, or an error that names the command that makes one."""
+    from memdec.stores.corpus import Corpus
+    from memdec.stores.manifest import MANIFEST_NAME
+
+    if not (folder / MANIFEST_NAME).is_file():
+        raise MemdecError(
+            f"{folder} is no corpus of memdec's. Make one with `memdec corpus MODEL SOURCE --out {folder}`, or run "
+            "all stages "
+            "with `memdec fit`."
+        )
+    return Corpus.open(folder)
+
+
+def parse_fractions(text: str) -> tuple[float, float, float]:
+    """``"0.9,0.05,0.05"`` as three numbers.
+
+    Raises:
+        MemdecError: these are not three numbers.
+    """
+    try:
+        train, validation, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise MemdecError(f"--fractions wants three numbers such as 0.9,0.05,0.05; got {text!r}.") from None
+    return train, validation, test
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None: for the others the stage's own default holds."""
+    return {name: value for name, value in options.items() if value is not None}

