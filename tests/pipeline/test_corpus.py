@@ -246,6 +246,7 @@ def test_html_keeps_what_a_reader_sees() -> None:
 
 def test_datasets_saved_and_by_name(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [f"Row {index} of the table." for index in range(30)]
     table = datasets.Dataset.from_dict({"text": rows})
     table.save_to_disk(str(tmp_path / "saved"))

@@ -82,6 +82,8 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(MemdecError, match="a file stands where a folder is needed"):
         atomic.make_folder(tmp_path / "file" / "inner")
+    with pytest.raises(MemdecError, match="folder does not exist"):
+        atomic.write_file(tmp_path / "none" / "a.bin", b"")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

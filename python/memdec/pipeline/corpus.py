@@ -14,14 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -131,7 +135,7 @@ def build_corpus(
         "tokenizer_fingerprint": fingerprint(loaded),
         "vocab_size": width(loaded),
         "eos_token_id": int(eos),
-        "fractions": list(fractions),
+        "fractions": [float(share) for share in fractions],
         "seed": seed,
         "max_tokens": max_tokens,
     }
@@ -370,6 +374,15 @@ _worker: tuple[Any, int] | None = None
 def _set_tokenizer(tokenizer: Any, eos: int) -> None:
     global _worker
     _worker = (tokenizer, eos)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    # A pool's worker whose parent was killed waits for work forever.
+    if (parent := parent_process()) is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _tokenise_in_worker(texts: list[str]) -> list[Tokens]:
