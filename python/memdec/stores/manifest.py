@@ -128,10 +128,10 @@ class Manifest:
         remove_leftovers(folder)
         if (folder / MANIFEST_NAME).exists():
             manifest = cls.load(folder, format=format, version=version)
-            difference = _difference(manifest.fields, fields)
-            if difference:
+            changed = difference(manifest.fields, fields)
+            if changed:
                 raise MemdecError(
-                    f"{folder} was made with other parameters: {difference}. "
+                    f"{folder} was made with other parameters: {changed}. "
                     "Use the same parameters to continue it, choose another folder, or delete this one."
                 )
             return manifest
@@ -307,7 +307,8 @@ def _article(format: str) -> str:
     return f"a {format}" if format[:1] not in "aeiou" else f"an {format}"
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Which parameters differ, for a message; empty where none does."""
     missing = object()
     parts = []
     for name in sorted(old.keys() | new.keys()):
