@@ -75,6 +75,8 @@ void raise_unless_ok(const char* op, const Status& status) {
     case Status::bad_structure:
       throw py::value_error(where + " holds " + number(status.got) + " at position " + number(status.at) + ", wanted " +
                             number(status.wanted) + " or more: CSR row pointers start at 0, never fall and end at the number of ids");
+    case Status::bad_fraction:
+      throw py::value_error(where + " holds " + std::to_string(status.number) + " at position " + number(status.at) + ", wanted 0 to 1");
     case Status::out_of_memory: throw std::bad_alloc();
   }
 }
@@ -97,6 +99,10 @@ memdec::TopkBuffers topk_buffers(const Buffers& buffers) {
   const auto& [keys, counts, thresholds, capacity, keep] = buffers;
   return {.keys = pointer<uint64_t>(keys), .counts = pointer<int32_t>(counts), .thresholds = pointer<float>(thresholds),
           .capacity = capacity, .keep = keep};
+}
+
+memdec::Mixture mixture(const Rows& base, const Rows& memory, double alpha, uintptr_t alphas) {
+  return {.base = base, .memory = memory, .alpha = alpha, .alphas = pointer<const double>(alphas)};
 }
 
 py::dict build_info() {
@@ -198,6 +204,42 @@ PYBIND11_MODULE(_C, m) {
   m.def("topk_filter_select", [](const Buffers& buffers, int64_t rows, int64_t k, uintptr_t distances, uintptr_t ids, int threads) {
     run("topk_filter_select", memdec::topk_filter_select,
         {.buffers = topk_buffers(buffers), .rows = rows, .k = k, .distances = pointer<float>(distances), .ids = pointer<int64_t>(ids)},
+        threads);
+  });
+
+  m.def("interpolate", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, uintptr_t log_probs, int threads) {
+    run("interpolate", memdec::interpolate, {.mixture = mixture(base, memory, alpha, alphas), .log_probs = pointer(log_probs)}, threads);
+  });
+  m.def("interpolate_log_prob", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, uintptr_t targets,
+                                   uintptr_t log_prob, int threads) {
+    run("interpolate_log_prob", memdec::interpolate_log_prob,
+        {.mixture = mixture(base, memory, alpha, alphas), .targets = pointer<const int64_t>(targets), .log_prob = pointer(log_prob)},
+        threads);
+  });
+  m.def("interpolate_argmax", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, uintptr_t tokens, int threads) {
+    run("interpolate_argmax", memdec::interpolate_argmax,
+        {.mixture = mixture(base, memory, alpha, alphas), .tokens = pointer<int64_t>(tokens)}, threads);
+  });
+  m.def("interpolate_sample", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, double temperature, int64_t top_k,
+                                 double top_p, double min_p, int64_t seed, uintptr_t seeds, int64_t offset, uintptr_t offsets,
+                                 uintptr_t tokens, int threads) {
+    run("interpolate_sample", memdec::interpolate_sample,
+        {.mixture = mixture(base, memory, alpha, alphas),
+         .temperature = temperature,
+         .top_k = top_k,
+         .top_p = top_p,
+         .min_p = min_p,
+         .seed = static_cast<uint64_t>(seed),
+         .seeds = pointer<const int64_t>(seeds),
+         .offset = static_cast<uint64_t>(offset),
+         .offsets = pointer<const int64_t>(offsets),
+         .tokens = pointer<int64_t>(tokens)},
+        threads);
+  });
+  m.def("interpolate_sparse", [](const Rows& base, const SparseRows& teacher, double alpha, uintptr_t alphas, uintptr_t log_probs,
+                                 int threads) {
+    run("interpolate_sparse", memdec::interpolate_sparse,
+        {.base = base, .teacher = teacher, .alpha = alpha, .alphas = pointer<const double>(alphas), .log_probs = pointer(log_probs)},
         threads);
   });
 }

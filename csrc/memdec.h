@@ -58,6 +58,7 @@ struct Status {
     bad_index,      // argument[at] is `got`, wanted 0 ≤ index < wanted
     bad_number,     // `argument`[at] is NaN or −inf
     bad_structure,  // argument[at] is `got`: not a CSR row pointer (wanted: the least value it may have)
+    bad_fraction,   // argument[at] is `number`, wanted 0 to 1
     out_of_memory,
   };
   Code code = ok;
@@ -65,6 +66,7 @@ struct Status {
   int64_t at = 0;
   int64_t got = 0;
   int64_t wanted = 0;
+  double number = 0;
 };
 
 // log softmax(logits[r])[targets[r]], for every row r.
@@ -176,6 +178,61 @@ struct TopkFilterSelect {
   int64_t* ids;      // (rows, k)
 };
 Status topk_filter_select(const TopkFilterSelect& op, const Launch& launch);
+// The mixture α·softmax(memory) + (1−α)·softmax(base), row by row. Both are (N, V) of one dtype; α is in [0, 1]. At α of
+// exactly 0 or 1 the rows of the component without weight are never read.
+struct Mixture {
+  Rows base;
+  Rows memory;
+  double alpha;          // of every row, where alphas is null
+  const double* alphas;  // (N,)
+};
+
+// log p_mix of every token.
+struct Interpolate {
+  Mixture mixture;
+  void* log_probs;  // (N, V) out, contiguous
+};
+Status interpolate(const Interpolate& op, const Launch& launch);
+
+// log p_mix(targets[r]).
+struct InterpolateLogProb {
+  Mixture mixture;
+  const int64_t* targets;  // (N,) in [0, V)
+  void* log_prob;          // (N,) out
+};
+Status interpolate_log_prob(const InterpolateLogProb& op, const Launch& launch);
+
+// The likeliest token under p_mix, the lowest of equals; −1 where p_mix is NaN.
+struct InterpolateArgmax {
+  Mixture mixture;
+  int64_t* tokens;  // (N,) out
+};
+Status interpolate_argmax(const InterpolateArgmax& op, const Launch& launch);
+
+// A token drawn from p_mix, after temperature, top_k, top_p and min_p; −1 where there is none to draw.
+struct InterpolateSample {
+  Mixture mixture;
+  double temperature;      // > 0
+  int64_t top_k;           // 0: all
+  double top_p;            // 1: all
+  double min_p;            // 0: all
+  uint64_t seed;           // where seeds is null; row r draws with seed + r · 2⁶⁴/φ
+  const int64_t* seeds;    // (N,)
+  uint64_t offset;         // where offsets is null
+  const int64_t* offsets;  // (N,)
+  int64_t* tokens;         // (N,) out
+};
+Status interpolate_sample(const InterpolateSample& op, const Launch& launch);
+
+// log(α·(q + (1−m)·p) + (1−α)·p), p = softmax(base), q the teacher's row and m its mass: the kNN-LM.
+struct InterpolateSparse {
+  Rows base;             // (N, V)
+  SparseRows teacher;    // N rows; ids in [0, V)
+  double alpha;          // of every row, where alphas is null; in [0, 1]
+  const double* alphas;  // (N,)
+  void* log_probs;       // (N, V) out, contiguous
+};
+Status interpolate_sparse(const InterpolateSparse& op, const Launch& launch);
 
 // What was built, what runs. A level is "portable", "avx2" (AVX2, FMA, F16C) or "avx512" (F, BW, VL, DQ).
 const char* simd_level();                     // in use: the best that the machine has, or MEMDEC_SIMD from the environment

@@ -102,5 +102,10 @@ MEMDEC_CPU_OP(alignment_gradient, AlignmentGradient)
 MEMDEC_CPU_OP(topk_filter_refine, TopkFilterRefine)
 MEMDEC_CPU_OP(topk_filter_select, TopkFilterSelect)
 MEMDEC_CPU_OP(topk_filter_update, TopkFilterUpdate)
+MEMDEC_CPU_OP(interpolate, Interpolate)
+MEMDEC_CPU_OP(interpolate_log_prob, InterpolateLogProb)
+MEMDEC_CPU_OP(interpolate_argmax, InterpolateArgmax)
+MEMDEC_CPU_OP(interpolate_sample, InterpolateSample)
+MEMDEC_CPU_OP(interpolate_sparse, InterpolateSparse)
 
 }  // namespace memdec

@@ -83,3 +83,28 @@ def topk_filter_refine(
     /,
 ) -> None: ...
 def topk_filter_select(buffers: _TopkBuffers, rows: int, k: int, distances: int, ids: int, threads: int, /) -> None: ...
+def interpolate(base: _Rows, memory: _Rows, alpha: float, alphas: int, log_probs: int, threads: int, /) -> None: ...
+def interpolate_log_prob(
+    base: _Rows, memory: _Rows, alpha: float, alphas: int, targets: int, log_prob: int, threads: int, /
+) -> None: ...
+def interpolate_argmax(base: _Rows, memory: _Rows, alpha: float, alphas: int, tokens: int, threads: int, /) -> None: ...
+def interpolate_sample(
+    base: _Rows,
+    memory: _Rows,
+    alpha: float,
+    alphas: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    seeds: int,
+    offset: int,
+    offsets: int,
+    tokens: int,
+    threads: int,
+    /,
+) -> None: ...
+def interpolate_sparse(
+    base: _Rows, teacher: _Sparse, alpha: float, alphas: int, log_probs: int, threads: int, /
+) -> None: ...

@@ -7,6 +7,11 @@ that may be strided; it accumulates in float32 (float64 for float64) and returns
 from memdec.ops import reference
 from memdec.ops.aggregate_neighbors import aggregate_neighbors
 from memdec.ops.alignment_loss import alignment_loss
+from memdec.ops.interpolate import interpolate
+from memdec.ops.interpolate_argmax import interpolate_argmax
+from memdec.ops.interpolate_log_prob import interpolate_log_prob
+from memdec.ops.interpolate_sample import interpolate_sample
+from memdec.ops.interpolate_sparse import interpolate_sparse
 from memdec.ops.linear_alignment_loss import linear_alignment_loss
 from memdec.ops.reference import AlignmentLoss
 from memdec.ops.token_log_prob import token_log_prob
@@ -15,6 +20,11 @@ __all__ = [
     "AlignmentLoss",
     "aggregate_neighbors",
     "alignment_loss",
+    "interpolate",
+    "interpolate_argmax",
+    "interpolate_log_prob",
+    "interpolate_sample",
+    "interpolate_sparse",
     "linear_alignment_loss",
     "reference",
     "token_log_prob",

@@ -294,12 +294,13 @@ def interpolate_sample(
         heads = (draws(seeds, offsets, COIN_STREAM, 1).double() + 0.5) * 2.0**-32 < a
         base_rows, memory_rows = (t.to(wide).reshape(num_rows, vocab_size) for t in (base_logits, memory_logits))
         scores = torch.where(heads, memory_rows, base_rows)
+        scores = scores - scores.amax(-1, keepdim=True)  # or a common offset would eat the noise's digits
     else:
         log_p = interpolate(base_logits, memory_logits, alpha).reshape(num_rows, vocab_size)
         scores = warp(log_p, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     noise = gumbel(draws(seeds, offsets, NOISE_STREAM, vocab_size), scores.dtype)
-    # All −inf: nothing can be drawn. +inf: its softmax is NaN.
-    broken = scores.isnan().any(-1) | ~torch.isfinite(scores.amax(-1))
+    # NaN also where all are −inf (nothing can be drawn) or one is +inf (its softmax is NaN).
+    broken = scores.isnan().any(-1)
     return torch.where(broken, -1, (scores + noise).argmax(-1)).reshape(shape)
 
 
