@@ -132,6 +132,20 @@ class Datastore:
         # side="right" passes over documents without tokens
         return torch.from_numpy(np.searchsorted(starts, tokens, side="right") - 1)
 
+    def document_bounds(self, rows: Tensor) -> Tensor:
+        """For each of ``rows``, int64 (n,), its document's first row and the row after its last: int64 (n, 2)."""
+        starts = map_tensors(self.folder / "documents.safetensors")["document_starts"]
+        document = np.searchsorted(starts, rows.numpy() + 1, side="right") - 1
+        # a document of tokens [s, e) is predicted by rows [s − 1, e − 1); nothing predicts the first token of all
+        bounds = np.stack([np.maximum(starts[document] - 1, 0), starts[document + 1] - 1], axis=1)
+        return torch.from_numpy(bounds)
+
+    @property
+    def shard_bounds(self) -> list[tuple[int, int]]:
+        """Rows [start, stop) of each shard: ``keys`` of such a range, or of a part of it, are a view of the file."""
+        bounds: list[int] = self._first_row.tolist()
+        return list(zip(bounds[:-1], bounds[1:], strict=True))
+
     @property
     def validation(self) -> ValidationRows | None:
         """The validation rows, or None where none were made."""
