@@ -10,6 +10,7 @@
 //
 // Traffic: the loss reads a row once; written over the logits, the gradient reads it again while it is in the cache and writes
 // it, so memory sees one read and one write. The separate backward pass reads once and writes once.
+#include "cpu/pages.h"
 #include "cpu/rows.h"
 
 namespace memdec::MEMDEC_LEVEL {
@@ -286,6 +287,7 @@ Status alignment_gradient(const AlignmentGradient& op, const Launch& launch) {
   const int64_t kept = rows_kept(op.labels, logits.count, op.ignore_index);
   const double share = op.reduction == Reduction::mean ? 1.0 / static_cast<double>(larger(kept, 1)) : 1.0;
 
+  if (op.grad.data != logits.data) prefer_large_pages(op.grad);
   return with_dtype(logits.dtype, "logits", [&]<class T>(T) {
     using A = accumulator_t<T>;
     const A* const grad_total = static_cast<const A*>(op.grad_total);
