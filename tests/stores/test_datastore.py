@@ -56,6 +56,10 @@ def test_rows_come_back(tmp_path: Path) -> None:
     # The document of a row is that of the token it predicts: tokens 1…3 | 4…8 | 9…23.
     assert store.documents(0, ROWS).tolist() == [0] * 3 + [2] * 5 + [3] * 15
     assert store.documents(7, 9).tolist() == [2, 3]
+    bounds = {0: [0, 3], 2: [3, 8], 3: [8, 23]}
+    rows = torch.arange(ROWS).flip(0)
+    assert store.document_bounds(rows).tolist() == [bounds[d] for d in store.documents(0, ROWS).flip(0).tolist()]
+    assert store.shard_bounds == SHARDS
     found, expected = store.validation, validation()
     assert found is not None
     torch.testing.assert_close(found.keys, expected.keys)

@@ -25,7 +25,7 @@ from memdec.modeling.tokenizers import fingerprint, load_tokenizer
 from memdec.ops import token_log_prob
 from memdec.pipeline.progress import progress
 from memdec.stores.corpus import Corpus, TokenSplit
-from memdec.stores.datastore import Datastore, DatastoreWriter, ValidationRows
+from memdec.stores.datastore import Datastore, DatastoreWriter, ValidationRows, to_float16
 from memdec.stores.windows import Window, windows
 
 logger = logging.getLogger(__name__)
@@ -163,12 +163,14 @@ def _write_train(
                     f"{writer.folder} holds {writer.rows_done} rows, which is not where a shard ends. "
                     "Delete the folder and run the command again."
                 )
-            parts = []
+            stored = torch.empty(stop - start, writer.dim, dtype=torch.float16)
+            done = 0
             for batch in batches(shard, batch_size):
                 _, keys = _run(model, layer, train.tokens, batch)
-                parts.append(keys.cpu())
+                stored[done : done + len(keys)] = to_float16(keys, first_row=start + done)
+                done += len(keys)
                 advance(len(keys))
-            writer.append(torch.cat(parts), train.tokens[start + 1 : stop + 1])
+            writer.append(stored, train.tokens[start + 1 : stop + 1])
 
 
 def batches(cut: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:

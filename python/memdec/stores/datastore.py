@@ -13,6 +13,7 @@ value = tokens[row + 1]. T tokens make T − 1 rows.
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ class Datastore:
     def shard_bounds(self) -> list[tuple[int, int]]:
         """Rows [start, stop) of each shard: ``keys`` of such a range, or of a part of it, are a view of the file."""
         bounds: list[int] = self._first_row.tolist()
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(itertools.pairwise(bounds))
 
     @property
     def validation(self) -> ValidationRows | None:
@@ -308,7 +309,8 @@ def to_float16(
         MemdecError: a key is NaN, infinite, or beyond float16's 65504.
     """
     keys = keys.detach().cpu()
-    largest = keys.abs().amax(dim=1) if keys.numel() else torch.zeros(len(keys))
+    # amax and amin hand a NaN on; abs() would need a second shard of memory
+    largest = torch.maximum(keys.amax(dim=1), -keys.amin(dim=1)) if keys.numel() else torch.zeros(len(keys))
     bad = ~(largest <= FLOAT16_MAX)  # true for NaN as well
     if bad.any():
         index = int(bad.nonzero()[0])
