@@ -82,7 +82,7 @@ def test_global_options_may_stand_anywhere_before_a_double_dash():
 
 def command_line(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "memdec.cli", *arguments], capture_output=True, text=True, timeout=120, **options
+        [sys.executable, "-m", "memdec", *arguments], capture_output=True, text=True, timeout=120, **options
     )
 
 

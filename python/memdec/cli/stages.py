@@ -20,6 +20,8 @@ Seed = Annotated[int, typer.Option(help="Another seed holds out other documents 
 TextField = Annotated[str, typer.Option(help="The field or column with the text, in .jsonl, .parquet and datasets.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that tokenise; the result does not depend on it.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Use at most so many tokens of the text.")]
+ValidationText = Annotated[str | None, typer.Option(help="Validate on this text; none of SOURCE is then held out.")]
+TestText = Annotated[str | None, typer.Option(help="Keep this text for the test; none of SOURCE is then held out.")]
 Context = Annotated[int, typer.Option(help="Tokens in a window.")]
 Stride = Annotated[
     int | None, typer.Option(help="How far windows are apart; default: they overlap by one token. The paper's is 512.")
@@ -28,7 +30,9 @@ Layer = Annotated[str | None, typer.Option(help="Module whose input is the key; 
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows in one forward.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: an accelerator if there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 where the machine has it), float32, bfloat16 or float16.")]
-Neighbours = Annotated[int, typer.Option("--k", min=1, help="Neighbours of a position; the paper takes 1024.")]
+Neighbours = Annotated[
+    int | None, typer.Option("--k", min=1, help="Neighbours of a position; default: 1024 as in the paper, or all.")
+]
 Temperature = Annotated[float | None, typer.Option(help="T of exp(-distance/T); default: chosen on validation text.")]
 Backend = Annotated[str, typer.Option(help="exact, or with faiss: flat, ivfflat, ivfpq.")]
 SameDocument = Annotated[
@@ -47,6 +51,9 @@ TrainBatch = Annotated[int, typer.Option(min=1, help="Training windows in one fo
 Accumulation = Annotated[int, typer.Option(min=1, help="Forwards in one training step.")]
 Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
 Schedule = Annotated[str, typer.Option(help="cosine, linear or constant.")]
+SaveEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between checkpoints; default: every evaluation and five minutes.")
+]
 EvalEvery = Annotated[int | None, typer.Option(min=1, help="Steps between evaluations; default: about four a run.")]
 
 
@@ -69,14 +76,15 @@ def fit(
     text_field: TextField = "text",
     workers: Workers = 1,
     max_tokens: MaxTokens = None,
-    context: Context = 1024,
+    validation: ValidationText = None,
+    test: TestText = None,
+    context: Context = 512,
     stride: Stride = None,
     layer: Layer = None,
-    k: Neighbours = 1024,
+    k: Neighbours = None,
     temperature: Temperature = None,
     backend: Backend = "exact",
     exclude_same_document: SameDocument = False,
-    codec: Codec = "log8",
     memory_limit: MemoryLimit = "1GiB",
     init: Init = None,
     layers: Layers = None,
@@ -88,6 +96,7 @@ def fit(
     learning_rate: Rate = 1e-4,
     schedule: Schedule = "cosine",
     eval_every: EvalEvery = None,
+    save_every: SaveEvery = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -110,6 +119,8 @@ def fit(
         text_field=text_field,
         workers=workers,
         max_tokens=max_tokens,
+        validation=validation,
+        test=test,
         context=context,
         stride=stride,
         layer=layer,
@@ -117,7 +128,6 @@ def fit(
         temperature=temperature,
         backend=backend,
         exclude_same_document=exclude_same_document,
-        codec=codec,
         memory_limit=memory_limit,
         init=init,
         layers=layers,
@@ -129,6 +139,7 @@ def fit(
         learning_rate=learning_rate,
         schedule=schedule,
         eval_every=eval_every,
+        save_every=save_every,
         device=device,
         dtype=dtype,
     )
@@ -147,6 +158,8 @@ def corpus(
     text_field: TextField = "text",
     workers: Workers = 1,
     max_tokens: MaxTokens = None,
+    validation: ValidationText = None,
+    test: TestText = None,
 ) -> None:
     """Stage 1: read the documents, drop exact copies, split them by document, tokenise.
 
@@ -165,6 +178,8 @@ def corpus(
         text_field=text_field,
         workers=workers,
         max_tokens=max_tokens,
+        validation=validation,
+        test=test,
     )
     counts = ", ".join(
         f"{made.split(name).num_tokens:,} tokens in {made.split(name).num_documents:,} documents for {name}"
@@ -178,7 +193,7 @@ def datastore(
     model: Model,
     corpus: Annotated[Path, typer.Argument(help="The corpus that `memdec corpus` made.")],
     out: Out,
-    context: Context = 1024,
+    context: Context = 512,
     stride: Stride = None,
     layer: Layer = None,
     batch_size: BatchSize = 8,
@@ -215,7 +230,7 @@ def datastore(
 def distributions(
     datastore: Annotated[Path, typer.Argument(help="The datastore that `memdec datastore` made.")],
     out: Out,
-    k: Neighbours = 1024,
+    k: Neighbours = None,
     temperature: Temperature = None,
     backend: Backend = "exact",
     exclude_same_document: SameDocument = False,
@@ -267,6 +282,7 @@ def train(
     schedule: Schedule = "cosine",
     seed: Seed = 0,
     eval_every: EvalEvery = None,
+    save_every: SaveEvery = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -275,7 +291,7 @@ def train(
     \b
     Examples:
       memdec train path/to/model run/corpus run/distributions --out run
-      torchrun --nproc-per-node 4 -m memdec.cli train path/to/model run/corpus run/distributions --out run
+      torchrun --nproc-per-node 4 -m memdec train path/to/model run/corpus run/distributions --out run
     """
     from memdec.pipeline.train import train_memory
 
@@ -296,6 +312,7 @@ def train(
             schedule=schedule,
             seed=seed,
             eval_every=eval_every,
+            save_every=save_every,
             device=device,
             dtype=dtype,
         ),

@@ -430,13 +430,11 @@ def _knn_settings(store: Any, folder: Path, distributions: str | Path | None) ->
     beside = Path(distributions) if distributions is not None else folder.resolve().parent / "distributions"
     if distributions is not None or (beside / "manifest.json").is_file():
         manifest = Manifest.load(beside, format="memdec.distributions")
-        facts = {**manifest.fields, **manifest.results}
-        weight = facts.get("lambda")
-        if facts.get("temperature") is not None and weight is not None:
-            k = min(int(facts.get("k", 1024)), store.num_rows)
-            return KnnSettings(
-                k, float(facts["temperature"]), float(weight), "the distributions' manifest (validation)"
-            )
+        found = manifest.results
+        if "temperature" in found and "knn_lm" in found:
+            source = "from the distributions, chosen on validation text"
+            k = min(int(manifest.fields["k"]), store.num_rows)
+            return KnnSettings(k, float(found["temperature"]), float(found["knn_lm"]["weight"]), source)
     return tune_knn(store)
 
 

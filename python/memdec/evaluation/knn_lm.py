@@ -19,6 +19,8 @@ from torch import Tensor
 
 from memdec.errors import MemdecError
 from memdec.modeling.keys import hidden_and_keys
+from memdec.pipeline.search import knn_probabilities, neighbour_tokens, search_exact
+from memdec.pipeline.temperature import choose_temperature
 from memdec.stores.windows import Window
 
 # The search's working memory where the caller names none.
@@ -80,18 +82,6 @@ def window_keys(
     return all_rows[order_of_rows], all_keys[order_of_rows]
 
 
-def target_log_prob(
-    distances: Tensor,  # (n, k) float32 squared L2; inf = no neighbour
-    neighbour_tokens: Tensor,  # (n, k) int; the neighbours' values
-    targets: Tensor,  # (n,) int
-    temperature: float,
-) -> Tensor:  # (n,) float64
-    """log p_kNN(target), −inf where no neighbour holds it."""
-    weights = -distances.double() / temperature
-    hits = neighbour_tokens == targets[:, None]
-    return torch.logsumexp(weights.masked_fill(~hits, -math.inf), 1) - torch.logsumexp(weights, 1)
-
-
 def knn_log_prob(
     model: Any,
     datastore: Any,
@@ -117,22 +107,22 @@ def knn_log_prob(
         memory_limit: working memory of the search.
         progress: called with the number of rows embedded since the last call.
     """
-    from memdec.pipeline.search import search_exact
-
     rows, keys = window_keys(model, tokens, cut, layer=datastore.layer, batch_size=batch_size, progress=progress)
     if keys.shape[1] != datastore.dim:
         raise MemdecError(
             f"The base model's keys have {keys.shape[1]} numbers and the datastore's {datastore.dim}: the datastore "
             f"was made with another model ({datastore.model}). Evaluate with that one, or leave knn-lm out."
         )
-    values = datastore.values(0, datastore.num_rows)
+    found = knn_probabilities(
+        keys,
+        tokens[rows + 1],
+        datastore,
+        k=min(k, datastore.num_rows),
+        temperature=temperature,
+        memory_limit=memory_limit,
+    )
     scores = torch.full((int(tokens.numel()) - 1,), math.nan)
-    for first in range(0, rows.numel(), QUERY_CHUNK):
-        chunk = rows[first : first + QUERY_CHUNK]
-        queries = keys[first : first + QUERY_CHUNK]
-        distances, ids = search_exact(queries, datastore, min(k, datastore.num_rows), memory_limit=memory_limit)
-        neighbours = torch.where(ids >= 0, values[ids.clamp(min=0)], -1)
-        scores[chunk] = target_log_prob(distances, neighbours, tokens[chunk + 1], temperature).float()
+    scores[rows] = found.double().log().float()
     return scores
 
 
@@ -142,18 +132,19 @@ def tune_knn(datastore: Any, *, k: int = 1024, memory_limit: str = MEMORY_LIMIT)
     Raises:
         MemdecError: the datastore carries no validation rows.
     """
-    from memdec.pipeline.search import search_exact
-    from memdec.pipeline.temperature import choose_temperature
-
     validation = datastore.validation
-    if validation is None:
+    if validation is None or not len(validation.keys):
         raise MemdecError(
             "The datastore carries no validation rows, so the kNN-LM's temperature and weight cannot be chosen. "
             "Make it again from a corpus with a validation split, or leave knn-lm out of --compare."
         )
     k = min(k, datastore.num_rows)
-    distances, ids = search_exact(validation.keys, datastore, k, memory_limit=memory_limit)
-    values = datastore.values(0, datastore.num_rows)
-    neighbours = torch.where(ids >= 0, values[ids.clamp(min=0)], -1)
-    temperature, weight, _ = choose_temperature(distances, neighbours, validation.values, validation.base_log_prob)
-    return KnnSettings(k, float(temperature), float(weight), "chosen on validation text")
+    distances, neighbours = [], []
+    for first in range(0, len(validation.keys), QUERY_CHUNK):
+        found, ids = search_exact(validation.keys[first : first + QUERY_CHUNK], datastore, k, memory_limit=memory_limit)
+        distances.append(found)
+        neighbours.append(neighbour_tokens(datastore, ids))
+    temperature, weight, _ = choose_temperature(
+        torch.cat(distances), torch.cat(neighbours), validation.values, validation.base_log_prob
+    )
+    return KnnSettings(k, temperature, weight, "chosen on validation text")

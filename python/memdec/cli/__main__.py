@@ -1,5 +1,0 @@
-"""``python -m memdec.cli``: the same as ``memdec``, for launchers such as torchrun."""
-
-from memdec.cli import main
-
-main()
