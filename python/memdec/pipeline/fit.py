@@ -1,0 +1,187 @@
+"""The whole job: text in, memory out.
+
+    corpus ─▶ datastore ─▶ distributions ─▶ training ─▶ memory        (each a folder of that name in `out`)
+
+    memdec fit MODEL CORPUS --out DIR
+
+Each stage continues what an earlier run left and does nothing where its artefact stands, so `fit` needs no record of
+its own of how far it came: run it again and it goes on. A stage refuses to go on with other parameters than it was
+begun with. To train anew with other settings on the same datastore, delete ``training`` and ``memory`` only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memdec.errors import MemdecError
+from memdec.pipeline.corpus import build_corpus
+from memdec.pipeline.distributions import build_distributions
+from memdec.pipeline.embed import build_datastore, default_device
+from memdec.pipeline.train import Settings, train_memory
+
+LOGGER = logging.getLogger(__name__)
+
+
+def fit(
+    model: str | os.PathLike[str],
+    corpus: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    init: str | os.PathLike[str] | None = None,
+    layers: int | None = None,
+    # corpus
+    fractions: tuple[float, float, float] = (0.9, 0.05, 0.05),
+    seed: int = 0,
+    text_field: str = "text",
+    workers: int = 1,
+    max_tokens: int | None = None,
+    validation: str | os.PathLike[str] | None = None,
+    test: str | os.PathLike[str] | None = None,
+    # datastore
+    context: int = 1024,
+    stride: int | None = None,
+    layer: str | None = None,
+    # distributions
+    k: int | None = None,
+    temperature: float | None = None,
+    backend: str = "exact",
+    exclude_same_document: bool = False,
+    codec: str = "log8",
+    memory_limit: str | int = "1GiB",
+    # training
+    beta: float = 0.5,
+    epochs: int = 3,
+    max_steps: int | None = None,
+    batch_size: int = 4,
+    gradient_accumulation: int = 1,
+    learning_rate: float = 1e-4,
+    schedule: str = "cosine",
+    warmup: float = 0.05,
+    weight_decay: float = 0.01,
+    eval_every: int | None = None,
+    save_every: int | None = None,
+    validation_tokens: int = 32768,
+    gradient_checkpointing: bool = False,
+    tensorboard: bool = True,
+    device: torch.device | str | None = None,
+    dtype: str = "auto",
+) -> Path:
+    """Make a memory of a corpus, from its text; a run that was stopped, however it was, is continued.
+
+    Args:
+        model: causal LM that makes the datastore and is mixed with the memory: folder, hub id or ``.gguf`` file.
+        corpus: file or folder of text, or a dataset; see :func:`memdec.pipeline.corpus.build_corpus`.
+        out: folder for everything: ``corpus``, ``datastore``, ``distributions``, ``training`` and ``memory``.
+        init: model that the memory starts from; None is `model`.
+        layers: blocks the memory keeps; None keeps all.
+        fractions: shares of the text for training, validation and test.
+        seed: of that split, of the order in which training reads, and of its dropout.
+        text_field: where the text is in .jsonl, Parquet and datasets.
+        workers: processes that tokenise.
+        max_tokens: take at most so many tokens of the text.
+        validation: text of its own to validate on.
+        test: text of its own to test on.
+        context: tokens in a window of the datastore and of the training.
+        stride: how far windows are apart; None reads every token once.
+        layer: module whose input is the key; None finds the last block's MLP.
+        k: neighbours of a row; None is 1024, or as many as there are.
+        temperature: T of the neighbours' weights exp(−d/T); None chooses it on validation text.
+        backend: how neighbours are searched: "exact" or a faiss index.
+        exclude_same_document: neighbours come from other documents only.
+        codec: how probabilities are stored: "log8" or "float16".
+        memory_limit: memory that the search may take.
+        beta: weight of the KL term in the loss, 0 to 1.
+        epochs: times that training reads the text.
+        max_steps: optimiser steps; overrules `epochs`.
+        batch_size: windows in one forward.
+        gradient_accumulation: forwards in one step.
+        learning_rate: the highest.
+        schedule: "cosine", "linear" or "constant".
+        warmup: share of the steps in which the rate rises.
+        weight_decay: AdamW's, on matrices.
+        eval_every: steps between evaluations; None is an epoch, or a quarter of the run if that is less.
+        save_every: steps between checkpoints; None is each evaluation, and every five minutes.
+        validation_tokens: at most so many tokens of validation text are scored.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        tensorboard: write the curves for TensorBoard too, if it is installed.
+        device: None is the first accelerator, else the CPU.
+        dtype: "auto" is bfloat16 where the device has it, else float32.
+
+    Returns:
+        The memory's folder, ``out/memory``.
+
+    Raises:
+        MemdecError: what a stage cannot work with, in words; what is done stays.
+
+    Example:
+        >>> fit("SmolLM2-135M", "manuals/", "run")   # doctest: +SKIP
+        PosixPath('run/memory')
+    """
+    out = Path(out)
+    training: dict[str, Any] = {
+        "beta": beta,
+        "layers": layers,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "context": context,
+        "stride": stride,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "eval_every": eval_every,
+        "validation_tokens": validation_tokens,
+        "dtype": dtype,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    Settings(**training).check()  # not after an hour of embedding
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MemdecError(
+            "fit runs in one process. Run the stages before training alone, then "
+            "`torchrun --nproc-per-node=N -m memdec.cli train …` or `accelerate launch -m memdec.cli train …`."
+        )
+    LOGGER.info("1 of 4: corpus")
+    text = build_corpus(
+        os.fspath(corpus),
+        os.fspath(model),
+        out / "corpus",
+        fractions=fractions,
+        seed=seed,
+        text_field=text_field,
+        workers=workers,
+        max_tokens=max_tokens,
+        validation=None if validation is None else os.fspath(validation),
+        test=None if test is None else os.fspath(test),
+    )
+    rows = text.split("train").num_rows
+    if k is not None and k > rows - 1:
+        raise MemdecError(
+            f"k is {k}, but the training text has {rows} rows, so a row has {rows - 1} neighbours at most. "
+            "Take a smaller --k or more text."
+        )
+    LOGGER.info("2 of 4: datastore (%d rows)", rows)
+    datastore = build_datastore(os.fspath(model), text, out / "datastore", context=context, stride=stride, layer=layer,
+                                device=device, dtype=dtype)  # fmt: skip
+    LOGGER.info("3 of 4: distributions")
+    distributions = build_distributions(
+        datastore,
+        out / "distributions",
+        k=k,
+        temperature=temperature,
+        backend=backend,
+        exclude_same_document=exclude_same_document,
+        codec=codec,
+        memory_limit=memory_limit,
+        device=default_device() if device is None else device,
+    )
+    LOGGER.info("4 of 4: training")
+    return train_memory(model if init is None else init, text, distributions, out, base=model, device=device,
+                        save_every=save_every, tensorboard=tensorboard, **training)  # fmt: skip

@@ -1,0 +1,152 @@
+"""fit: text in, memory out; killed with -9 at random moments it ends with the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memdec import MemdecError
+from memdec.pipeline.fit import fit
+from memdec.stores.memory import read_memory_card
+from memdec.stores.verify import verify
+
+KILLS = 10
+
+OPTIONS: dict[str, Any] = {
+    "context": 48, "k": 32, "epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "save_every": 4, "device": "cpu",
+    "dtype": "float32", "tensorboard": False, "max_tokens": 6000,
+}  # fmt: skip
+
+# Imports everything once; each attempt is a child of its own, killed from here with SIGKILL. Prints one JSON line.
+KILLER = """
+import json, os, random, shutil, signal, sys, time, traceback
+from memdec.pipeline.fit import fit
+import transformers.models.llama.modeling_llama
+
+model, text, out, kills, options = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5])
+
+def start(folder):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            import torch
+            torch.set_num_threads(2)
+            fit(model, text, folder, **options)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+def finish(pid):
+    status = os.waitpid(pid, 0)[1]
+    if status:
+        sys.exit(f"an attempt that was not killed ended with status {status}")
+
+def left(folder):
+    '''The stage that a kill fell into.'''
+    for stage in ("memory", "training", "distributions", "datastore", "corpus"):
+        if os.path.isdir(os.path.join(folder, stage)):
+            return stage
+    return "nothing"
+
+begun = time.monotonic()
+finish(start(out + "/undisturbed"))
+seconds = time.monotonic() - begun
+draw = random.Random(0)
+stages, finished, folder = [], [], None
+while len(stages) < kills:
+    folder = folder or f"{out}/killed-{len(finished)}"
+    pid = start(folder)
+    end = time.monotonic() + draw.uniform(0, 0.4) * seconds
+    done = 0
+    while done == 0 and time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.002)
+    if done:
+        if status:
+            sys.exit(f"an attempt that was not killed ended with status {status}")
+        finished.append(folder)
+        folder = None  # it got through: the remaining kills fall upon a new folder
+    else:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        stages.append(left(folder))
+if folder:
+    finish(start(folder))
+    finished.append(folder)
+print(json.dumps({"seconds": seconds, "stages": stages, "finished": finished}))
+"""
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file with its bytes; log.jsonl without its clock's figures."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = {name: path.read_bytes() for name, path in files.items()}
+    lines = [json.loads(line) for line in found.pop("training/log.jsonl").splitlines()]
+    timeless = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return {**found, "training/log.jsonl": json.dumps(timeless).encode()}
+
+
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
+    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", KILLER, str(tiny_model_dir), str(tiny_corpus_dir), str(tmp_path / "runs"),
+               str(KILLS), json.dumps(OPTIONS)]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=550, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(report)
+    assert len(report["stages"]) == KILLS
+    undisturbed = content(tmp_path / "runs" / "undisturbed")
+    assert "memory/model.safetensors" in undisturbed and "memory/README.md" in undisturbed
+    for folder in report["finished"]:
+        killed = content(Path(folder))
+        assert killed.keys() == undisturbed.keys()
+        assert [name for name in killed if killed[name] != undisturbed[name]] == []
+    assert verify(report["finished"][-1]) == []
+
+
+def test_a_second_run_changes_nothing_and_says_so(
+    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = {**OPTIONS, "max_steps": 3}
+    memory = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "run", **run)
+    before = content(tmp_path / "run")
+    with caplog.at_level(logging.INFO, "memdec"):
+        assert fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "run", **run) == memory
+    assert "nothing to do" in caplog.text
+    assert 0 <= read_memory_card(memory).alpha <= 1
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"k": 16}, "k was 32, now 16"),
+        ({"beta": 0.1}, "beta was 0.5, now 0.1"),
+        ({"context": 32}, "context was 48, now 32"),
+        ({"seed": 1}, "seed was 0, now 1"),
+    ]
+    for changed, named in refused:
+        with pytest.raises(MemdecError, match=named):
+            fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "run", **{**run, **changed})
+    assert content(tmp_path / "run") == before
+
+
+def test_settings_that_cannot_be_are_refused_before_the_work(
+    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MemdecError, match=r"k is 100000, but the training text has"):
+        fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "run", **{**OPTIONS, "k": 100_000})
+    assert not (tmp_path / "run" / "datastore").exists()
+    with pytest.raises(MemdecError, match="schedule is 'magic'"):
+        fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "other", **{**OPTIONS, "schedule": "magic"})
+    assert not (tmp_path / "other").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MemdecError, match="runs in one process"):
+        fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "other", **OPTIONS)
