@@ -15,11 +15,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec import MemdecError, MemoryModel
 from memdec.modeling.cache import TwinCache
+from memdec.modeling.configuration import MemoryModelConfig
 from memdec.modeling.scoring import score_tokens
 from memdec.modeling.tokenizers import fingerprint, width
 from memdec.stores.memory import MemoryCard, read_memory_card, verify_memory, write_memory_card
@@ -216,6 +225,66 @@ def test_beams(model: MemoryModel, pair: Pair, cache: str | None) -> None:
         cache_implementation=cache,
     )
     assert new_tokens(output) == [made for prompt in PROMPTS for made in plain_beams(pair, prompt, 4)[:3]]
+
+
+class PlainMixture(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The plain loop as a model: no cache, every row alone and unpadded, so transformers' own search can be the oracle."""
+
+    config_class = MemoryModelConfig
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(MemoryModelConfig(vocab_size=VOCAB))
+        self.pair = [*pair]
+        self.place = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutputWithPast:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [
+            mixed((self.pair[0], self.pair[1]), row[m.bool()].tolist()) for row, m in zip(input_ids, mask, strict=True)
+        ]
+        return CausalLMOutputWithPast(logits=torch.stack(rows).log().float()[:, None])
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "beams that end": {"num_beams": 4, "num_return_sequences": 4, "do_sample": False, "length_penalty": 0.3},
+    "beams that end early": {"num_beams": 3, "do_sample": False, "early_stopping": True},
+    "sampled beams": {"num_beams": 3, "do_sample": True, "top_k": 30, "num_return_sequences": 2},
+    "nucleus": {"do_sample": True, "top_k": 0, "top_p": 0.8, "temperature": 1.3},
+    "min-p, two a prompt": {"do_sample": True, "top_k": 0, "min_p": 0.05, "num_return_sequences": 2},
+    "typical": {"do_sample": True, "top_k": 0, "typical_p": 0.7},
+    "penalties": {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    "forbidden words": {"do_sample": False, "bad_words_ids": [[146], [66], [7, 7]]},
+}
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_transformers(model: MemoryModel, pair: Pair, mode: str, cache: str | None) -> None:
+    ends = sorted({made[4] for made in (plain_greedy(pair, prompt) for prompt in PROMPTS)})
+    settings = {**padded(PROMPTS), **MODES[mode], "max_new_tokens": TOKENS, "eos_token_id": ends, "pad_token_id": 1}
+    torch.manual_seed(21)
+    expected = PlainMixture(pair).generate(**settings, use_cache=False)
+    torch.manual_seed(21)
+    assert model.generate(**settings, cache_implementation=cache).tolist() == expected.tolist()
+
+
+def test_a_base_that_is_partly_on_disk(pair: Pair, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Offloaded weights are on no device until accelerate's hooks fetch them."""
+    pair[0].save_pretrained(tmp_path / "base")
+    places = {"embed_tokens": "disk", "layers.0": "cpu", "layers.1": "disk", "norm": "cpu", "rotary_emb": "cpu"}
+    spread = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "disk"}
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=spread, offload_folder=tmp_path / "weights"
+    )
+    assert any(p.is_meta for p in base.parameters())
+    model = MemoryModel.from_pretrained(base, pair[1], alpha=ALPHA, tokenizer=tiny_tokenizer)
+    output = model.generate(**padded(PROMPTS), max_new_tokens=TOKENS, do_sample=False)
+    assert new_tokens(output) == [plain_greedy(pair, prompt) for prompt in PROMPTS]
+    with torch.no_grad():
+        found = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    torch.testing.assert_close(found.double(), mixed(pair, PROMPTS[0]).log(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="offloaded"):
+        model.to(torch.float16)
 
 
 def test_several_samples_of_each_prompt(model: MemoryModel, pair: Pair) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memdec.errors import MemdecError
-from memdec.modeling.structure import last_mlp, trunk
+from memdec.modeling.structure import input_device, last_mlp, trunk
 
 
 def hidden_and_keys(
@@ -50,7 +50,7 @@ def hidden_and_keys(
     try:
         with torch.no_grad():
             body = trunk(model)
-            device = next(body.parameters()).device
+            device = input_device(model)
             mask = None if attention_mask is None else attention_mask.to(device)
             ids = input_ids.to(device=device, dtype=torch.long)
             hidden: Tensor = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

@@ -36,7 +36,7 @@ from memdec.errors import MemdecError
 from memdec.modeling.cache import TwinCache
 from memdec.modeling.configuration import MemoryModelConfig
 from memdec.modeling.scoring import chunked_log_prob, load_causal_lm, mixture_log_prob, vocabulary_width
-from memdec.modeling.structure import bare
+from memdec.modeling.structure import bare, input_device
 from memdec.modeling.tokenizers import compare, fingerprint, load_tokenizer, locate, width
 from memdec.ops.reference import interpolate
 from memdec.stores.memory import CARD_NAME, MemoryCard, read_memory_card, write_memory_card, write_model_card
@@ -148,7 +148,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
                 )
             alpha = card.alpha
         base_model = load_causal_lm(base, dtype=dtype, device=device)
-        where = device if device is not None else next(base_model.parameters()).device
+        where = device if device is not None else input_device(base_model)
         memory_model = memory if isinstance(memory, nn.Module) else load_causal_lm(memory, dtype=dtype, device=where)
         if not checked:
             shared_vocabulary(base_model, memory_model, None)
@@ -287,7 +287,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         if not self._memory_enabled:
             return base
         memory = chunked_log_prob(self.memory, self.config.vocab_size)
-        where = next(self.memory.parameters()).device
+        where = input_device(self.memory)
 
         def log_probs(inputs: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
             from_base = base(inputs, labels, mask)
@@ -375,7 +375,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         if decoding not in DECODINGS:
             raise MemdecError(f"decoding={decoding!r} is not available; this version of memdec has {DECODINGS}.")
         start = time.perf_counter()
-        with drawing_from(generator, self.device):
+        with drawing_from(generator, input_device(self.base)):
             result = super().generate(inputs, *arguments, **kwargs)
         sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
@@ -576,7 +576,7 @@ def keeping(model: nn.Module, logits_to_keep: int | Tensor) -> dict[str, Any]:
 
 def arguments_of(model: nn.Module, plain: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
     """The arguments of a plain forward for one of the two models, on its device."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     given = {**plain, "past_key_values": cache}
     if not takes(model, "position_ids"):
         given.pop("position_ids")  # a model without positions of its own, such as one with ALiBi

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from memdec.errors import MemdecError
-from memdec.modeling.structure import head_is_plain, logits_from_hidden, output_head, trunk
+from memdec.modeling.structure import head_is_plain, input_device, logits_from_hidden, output_head, trunk
 from memdec.modeling.tokenizers import first_line, locate
 from memdec.ops import token_log_prob
 
@@ -70,7 +70,7 @@ def score_tokens(
     Raises:
         MemdecError: the model gave NaN for a scored token, or a token id outside its vocabulary came.
     """
-    where = torch.device(device) if device is not None else next(model.parameters()).device
+    where = torch.device(device) if device is not None else input_device(model)
     scores = torch.full((max(int(tokens.numel()) - 1, 0),), math.nan)
     # Longest first: windows of one length share a batch, and a batch that does not fit fails at once.
     order = sorted(windows, key=lambda window: window.start - window.stop)

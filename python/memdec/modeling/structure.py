@@ -54,6 +54,16 @@ def bare(model: nn.Module) -> Any:
     return inner() if callable(inner) else model
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model wants its token ids: where its embeddings are.
+
+    Weights that accelerate keeps elsewhere (offloaded) are on "meta"; its hooks then take ids from the CPU.
+    """
+    embeddings = bare(model).get_input_embeddings()
+    found = next(iter(embeddings.parameters()), next(model.parameters())).device
+    return torch.device("cpu") if found.type == "meta" else found
+
+
 def output_head(model: nn.Module) -> nn.Module:
     """The module that maps hidden states (N, d) to logits (N, V): a linear layer, tied to the embedding or not.
 
@@ -183,7 +193,7 @@ def head_is_plain(model: nn.Module) -> bool:
     mode = model.training
     model.eval()
     try:
-        ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
         hidden = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
         # Scaling and capping leave small logits almost alone; large ones give them away.
         hidden = torch.linspace(-64, 64, hidden.shape[-1]).expand_as(hidden).to(hidden)
@@ -209,7 +219,7 @@ def logits_from_hidden(
 
     handle = trunk(model).register_forward_hook(substitute)
     try:
-        ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
+        ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=input_device(model))
         return cast(Tensor, model(input_ids=ids, use_cache=False).logits)
     finally:
         handle.remove()
