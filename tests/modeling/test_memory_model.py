@@ -6,6 +6,7 @@ its tokens. The tiny models' distributions are far from flat, so a tie within ro
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -228,7 +229,7 @@ def test_beams(model: MemoryModel, pair: Pair, cache: str | None) -> None:
 
 
 class PlainMixture(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The plain loop as a model: no cache, every row alone and unpadded, so transformers' own search can be the oracle."""
+    """The plain loop as a model: no cache, every row alone and unpadded, so transformers' own search is the oracle."""
 
     config_class = MemoryModelConfig
 
@@ -315,6 +316,17 @@ def test_assisted_generation(model: MemoryModel, pair: Pair, make_assistant: Any
         assert output[0, 5:].tolist() == plain_greedy(pair, PROMPTS[0], 12)
 
 
+def test_assisted_generation_past_a_sliding_window(pair: Pair, make_assistant: Any, tiny_tokenizer: Any) -> None:
+    """A window of four forgets what a crop must bring back, unless its layers were told to record."""
+    sliding = make("gemma3_text", 400, seed=1)
+    for models in ((sliding, pair[1]), (pair[1], sliding)):
+        model = MemoryModel.from_pretrained(*models, alpha=ALPHA, tokenizer=tiny_tokenizer)
+        output = model.generate(
+            torch.tensor([PROMPTS[0]]), max_new_tokens=12, do_sample=False, assistant_model=make_assistant()
+        )
+        assert output[0, 5:].tolist() == plain_greedy(models, PROMPTS[0], 12)
+
+
 @pytest.fixture
 def make_assistant(pair: Pair) -> Callable[[], Any]:
     """A drafter that is often right and often wrong: the base itself, cut to the tokenizer's width."""
@@ -351,6 +363,7 @@ def test_a_conversation_goes_on_from_its_cache(model: MemoryModel, pair: Pair, s
     said = [*first[0].tolist(), 12, 13]
     second = model.generate(torch.tensor([said]), max_new_tokens=4, do_sample=False, past_key_values=cache)
     assert second[0, len(said) :].tolist() == plain_greedy(pair, said, 4)
+    assert cache.is_compileable is static
     assert cache.get_seq_length() == len(said) + 3 and cache.get_max_length() == (40 if static else -1)
 
 
@@ -692,6 +705,18 @@ def test_other_tokenizers_are_refused(
         MemoryModel.from_pretrained(base, memory)
     tiny_tokenizer.save_pretrained(base)
     assert MemoryModel.from_pretrained(base, memory).alpha == 0.3
+
+
+def test_a_base_with_further_added_tokens(folders: tuple[Path, Path], tiny_tokenizer: Any) -> None:
+    """The mixture is over the base's tokens; the memory has rows for the new ones in its padding, or it is refused."""
+    base, memory = folders
+    chat = copy.deepcopy(tiny_tokenizer)
+    chat.add_tokens([f"<|tool {i}|>" for i in range(10)])
+    chat.save_pretrained(base)
+    assert MemoryModel.from_pretrained(base, memory).config.vocab_size == 394
+    make("gpt2", VOCAB, seed=2).save_pretrained(memory)
+    with pytest.raises(MemdecError, match="the tokenizer has 394 ids, but the memory has a vocabulary of 384"):
+        MemoryModel.from_pretrained(base, memory)
 
 
 def test_loaded_models_of_other_width_are_refused(pair: Pair, make_tokenizer: Callable[..., Any]) -> None:

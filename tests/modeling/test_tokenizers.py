@@ -76,6 +76,27 @@ def test_same_tokens_under_other_ids_is_refused(tiny_tokenizer: Any) -> None:
     assert "'a'" in str(caught.value) and "'b'" in str(caught.value)
 
 
+def test_tokens_added_behind_the_end_are_no_other_vocabulary(tiny_tokenizer: Any) -> None:
+    """A chat model's tools and modes; the base model's memory goes with it, and the other way round."""
+    chat = copy.deepcopy(tiny_tokenizer)
+    chat.add_tokens(["<tool_call>", "<|think|>"])
+    assert fingerprint(chat) != fingerprint(tiny_tokenizer)
+    compare(tiny_tokenizer, chat)
+    compare(chat, tiny_tokenizer)
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["<other>"])
+    with pytest.raises(
+        MemdecError, match=r"the base has 386 tokens, the memory 385; 2 ids differ: id 384 is '<tool_call>'"
+    ):
+        compare(chat, other)
+
+
+def test_tokens_added_before_the_end_are(make_tokenizer: Callable[..., Any]) -> None:
+    """All ids behind an added token are shifted, though each vocabulary holds the other's tokens."""
+    with pytest.raises(MemdecError, match="different tokenizers"):
+        compare(make_tokenizer(384), make_tokenizer(385, pad=True))
+
+
 def test_other_segmentation_is_refused(tiny_tokenizer: Any) -> None:
     def reverse(state: dict[str, Any]) -> None:
         state["model"]["merges"].reverse()

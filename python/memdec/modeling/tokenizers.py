@@ -2,7 +2,9 @@
 
 A memory and a base may be mixed when every id means the same token in both, for then p_mem(v) and p_base(v) speak of
 the same event. What a tokenizer *does* with an id (which one ends a text, which one pads) may differ: a chat model and
-its base model often differ in nothing else, and one memory serves both.
+its base model often differ in nothing else, and one memory serves both. Nor do tokens matter that one of them adds
+behind the end of the other's vocabulary (tools, modes of a newer chat model): the memory never saw them in training,
+and the base keeps its share of their probability.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def compare(base: Any, memory: Any, *, base_name: str = "the base", memory_name: str = "the memory") -> None:
-    """Returns quietly when the two tokenizers give every id the same meaning.
+    """Returns quietly when the two tokenizers give every id that both have the same meaning.
+
+    One may have further tokens that were added behind the other's last.
 
     Raises:
         MemdecError: they do not; the message says whether sizes, ids or segmentation differ, and where first.
@@ -121,6 +125,9 @@ def compare(base: Any, memory: Any, *, base_name: str = "the base", memory_name:
         for index in sorted(base_tokens.keys() | memory_tokens.keys())
         if base_tokens.get(index) != memory_tokens.get(index)
     ]
+    same_merges = merges(base) == merges(memory)
+    if differing and same_merges and (extends(base, memory) or extends(memory, base)):
+        return
     if not differing:
         what = "the tokens and ids are the same, but text is split differently (other merges)"
     else:
@@ -139,6 +146,17 @@ def compare(base: Any, memory: Any, *, base_name: str = "the base", memory_name:
     raise MemdecError(
         f"{base_name} and {memory_name} have different tokenizers, so their probabilities cannot be mixed: {what}. "
         "Use a base of the family that the memory was made for, or make a memory with this base's tokenizer."
+    )
+
+
+def extends(longer: Any, shorter: Any) -> bool:
+    """Whether `longer` has all tokens of `shorter` under the same ids, and further only added ones behind its end."""
+    vocabulary: dict[str, int] = longer.get_vocab()
+    known: dict[str, int] = shorter.get_vocab()
+    added: dict[str, int] = longer.added_tokens_encoder
+    end = width(shorter)
+    return all(vocabulary.get(token) == index for token, index in known.items()) and all(
+        token in added and index >= end for token, index in vocabulary.items() if token not in known
     )
 
 
