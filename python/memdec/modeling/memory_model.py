@@ -38,7 +38,7 @@ from memdec.modeling.configuration import MemoryModelConfig
 from memdec.modeling.scoring import chunked_log_prob, load_causal_lm, mixture_log_prob, vocabulary_width
 from memdec.modeling.structure import bare, input_device
 from memdec.modeling.tokenizers import compare, fingerprint, load_tokenizer, locate, width
-from memdec.ops.reference import interpolate
+from memdec.ops import interpolate
 from memdec.stores.memory import CARD_NAME, MemoryCard, read_memory_card, write_memory_card, write_model_card
 
 LOGGER = logging.getLogger(__name__)
@@ -210,8 +210,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
             **kwargs: passed to both models; ``output_hidden_states`` and ``output_attentions`` return the base's.
 
         Returns:
-            ``CausalLMOutputWithPast``: logits are float32 log-probs (B, kept, vocab_size), on the device of the base's
-            logits; past_key_values is a TwinCache.
+            ``CausalLMOutputWithPast``: logits are log-probs (B, kept, vocab_size) in float32 (float64 for models in
+            float64), on the device of the base's logits; past_key_values is a TwinCache.
 
         Raises:
             MemdecError: the cache is no TwinCache, or was filled with the memory disabled.
@@ -237,7 +237,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
             log_probs = interpolate(base_logits, memory_logits, self.alpha)
             memory_cache = memory.get("past_key_values")
         else:
-            log_probs = torch.log_softmax(base_logits, dim=-1, dtype=torch.float32)
+            wide = torch.promote_types(base_logits.dtype, torch.float32)
+            log_probs = torch.log_softmax(base_logits, dim=-1, dtype=wide)
             memory_cache = None
         if past_key_values is None and base.get("past_key_values") is not None:
             past_key_values = TwinCache(base.past_key_values, memory_cache)
@@ -397,6 +398,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         """The arguments of one step: each model prepares its own, masks and devices included."""
         caches = self.caches(past_key_values)
         prepared: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": kwargs.get("use_cache")}
+        # Kept out of what the models prepare: assisted decoding changes it afterwards.
         if logits_to_keep is not None:
             prepared["logits_to_keep"] = logits_to_keep
         models = [("base_inputs", self.base, caches[0]), ("memory_inputs", self.memory, caches[1])]
@@ -404,11 +406,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
             given = {"past_key_values": cache, "attention_mask": attention_mask, **kwargs}
             if takes(model, "position_ids"):
                 given["position_ids"] = position_ids
-            own = model.prepare_inputs_for_generation(input_ids, **given)
-            # Set on the composite alone: assisted decoding changes it after this.
-            own.pop("logits_to_keep", None)
-            own.pop("return_dict", None)
-            prepared[name] = own
+            prepared[name] = model.prepare_inputs_for_generation(input_ids, **given)
         return {"input_ids": prepared["base_inputs"]["input_ids"], **prepared}
 
     def _valid_auto_compile_criteria(self, *arguments: Any, **named: Any) -> bool:
