@@ -145,7 +145,8 @@ def _decode(data: bytes, where: Path | str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MemdecError(
-            f"{where} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}). Convert it, for instance "
+            f"{where} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}): it is a binary "
+            "file or in another encoding. Convert it, for instance "
             "with `iconv -f LATIN1 -t UTF-8`, or take it out of the corpus."
         ) from None
 
