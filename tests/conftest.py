@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Test processes share two cores. OpenMP's threads spin while they wait for each other, and where one of them waits for
+# a core the others burn it: a test of seconds takes minutes. Asleep they cost nothing. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
