@@ -12,8 +12,10 @@ import memdec
 
 
 def modules() -> list[str]:
-    """Every module of the package, but the extension, whose docstrings the stub repeats."""
-    found = [m.name for m in pkgutil.walk_packages(memdec.__path__, "memdec.") if not m.name.endswith("._C")]
+    """Every module of the package, but the extension and the modules that run the command line when imported."""
+    found = [
+        m.name for m in pkgutil.walk_packages(memdec.__path__, "memdec.") if not m.name.endswith(("._C", ".__main__"))
+    ]
     return ["memdec", *found]
 
 

@@ -22,7 +22,9 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes that tokenise; the 
 MaxTokens = Annotated[int | None, typer.Option(help="Use at most so many tokens of the text.")]
 ValidationText = Annotated[str | None, typer.Option(help="Validate on this text; none of SOURCE is then held out.")]
 TestText = Annotated[str | None, typer.Option(help="Keep this text for the test; none of SOURCE is then held out.")]
-Context = Annotated[int, typer.Option(help="Tokens in a window.")]
+Context = Annotated[
+    int | None, typer.Option(help="Tokens in a window; default: 512, or what the model has positions for.")
+]
 Stride = Annotated[
     int | None, typer.Option(help="How far windows are apart; default: they overlap by one token. The paper's is 512.")
 ]
@@ -78,7 +80,7 @@ def fit(
     max_tokens: MaxTokens = None,
     validation: ValidationText = None,
     test: TestText = None,
-    context: Context = 512,
+    context: Context = None,
     stride: Stride = None,
     layer: Layer = None,
     k: Neighbours = None,
@@ -193,7 +195,7 @@ def datastore(
     model: Model,
     corpus: Annotated[Path, typer.Argument(help="The corpus that `memdec corpus` made.")],
     out: Out,
-    context: Context = 512,
+    context: Context = None,
     stride: Stride = None,
     layer: Layer = None,
     batch_size: BatchSize = 8,

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20  # of keys, at most
 SHARD_ROWS = 16384  # at least
+DEFAULT_CONTEXT = 512  # tokens in a window
 LOGITS_BYTES = 64 << 20  # of logits that exist at once when the validation tokens are scored
 
 
@@ -40,7 +41,7 @@ def build_datastore(
     corpus: Corpus | str | Path,
     out: str | Path,
     *,
-    context: int = 1024,
+    context: int | None = None,
     stride: int | None = None,
     layer: str | None = None,
     batch_size: int = 8,
@@ -56,7 +57,8 @@ def build_datastore(
         model: the model that makes the keys. Given as a path or id, its tokenizer must be the corpus's.
         corpus: a corpus, or the folder of one.
         out: the folder for the datastore.
-        context: tokens in a window; no window may have more inputs than the model has positions.
+        context: tokens in a window; no window may have more inputs than the model has positions. None: 512, or as many
+            as the model has positions for.
         stride: see ``memdec.stores.windows.windows``; None makes every token be read once.
         layer: the module whose input is the key; None finds the last block's MLP.
         batch_size: windows that are run at once. It is part of the parameters, because other batches round otherwise.
@@ -83,8 +85,7 @@ def build_datastore(
             f"got {batch_size}, {validation_rows} and {shard_rows}"
         )
     train, held_out = corpus.split("train"), corpus.split("validation")
-    cut = windows(train.num_tokens, context, stride)
-    if not cut:
+    if train.num_tokens < 2:
         raise MemdecError(f"The training text has {train.num_tokens} tokens; at least 2 are needed. Add text.")
     name = _model_name(model)
     if not isinstance(model, nn.Module):
@@ -98,6 +99,9 @@ def build_datastore(
         model = load_causal_lm(model, dtype=dtype, device=device if device is not None else default_device())
     elif device is not None:
         model = model.to(device)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, (_positions(model) or DEFAULT_CONTEXT) + 1)
+    cut = windows(train.num_tokens, context, stride)
     validation = _spread(windows(held_out.num_tokens, context, stride), validation_rows)
     _check_fits(model, [train, held_out], [*cut[:1], *validation[:1]])
     was_training = model.training
@@ -248,9 +252,15 @@ def _validation_rows(
     return ValidationRows(torch.cat(keys)[:limit], values[:limit], log_prob[:limit], rows[:limit])
 
 
+def _positions(model: nn.Module) -> int | None:
+    """The most tokens that the model can read at once; None where its config does not say."""
+    found: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    return found
+
+
 def _check_fits(model: nn.Module, splits: list[TokenSplit], longest: list[Window]) -> None:
     """Refuse text that the model cannot read: ids beyond its embedding, windows beyond its positions."""
-    positions = getattr(text_config(model), "max_position_embeddings", None)
+    positions = _positions(model)
     length = max(window.stop - window.start - 1 for window in longest)
     if positions is not None and length > positions:
         raise MemdecError(

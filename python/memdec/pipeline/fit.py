@@ -43,7 +43,7 @@ def fit(
     validation: str | os.PathLike[str] | None = None,
     test: str | os.PathLike[str] | None = None,
     # datastore
-    context: int = 1024,
+    context: int | None = None,
     stride: int | None = None,
     layer: str | None = None,
     # distributions
@@ -86,7 +86,7 @@ def fit(
         max_tokens: take at most so many tokens of the text.
         validation: text of its own to validate on.
         test: text of its own to test on.
-        context: tokens in a window of the datastore and of the training.
+        context: tokens in a window; None is 512, or what the model has positions for.
         stride: how far windows are apart; None reads every token once.
         layer: module whose input is the key; None finds the last block's MLP.
         k: neighbours of a row; None is 1024, or as many as there are.
