@@ -564,6 +564,9 @@ def test_attaching_changes_nothing_in_the_models(attention: str, tiny_tokenizer:
         model.set_attn_implementation(attention)
     before = [(json.dumps(m.config.to_dict(), sort_keys=True), m.generation_config.to_dict()) for m in pair]
     weights = [{name: value.clone() for name, value in m.state_dict().items()} for m in pair]
+    for m in pair:  # as in a model whose weights were not loaded by transformers: it would take them for uninitialised
+        for part in (*m.modules(), *m.parameters()):
+            vars(part).pop("_is_hf_initialized", None)
     composite = MemoryModel.from_pretrained(*pair, alpha=ALPHA, tokenizer=tiny_tokenizer)
     composite.alpha = 0.7
     composite.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,6 +53,16 @@ def test_scores_are_the_plain_loops(
     torch.testing.assert_close(scores.double(), plain_scores(model, tokens, SLIDING), rtol=1e-5, atol=1e-5)
     assert scores.dtype == torch.float32 and scores.shape == (23,) and sum(seen) == 23
     assert not model.training
+
+
+def test_padding_columns_do_not_count_when_told(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    tokens = torch.randint(0, 300, (6,), dtype=torch.int32)
+    scores = score_tokens(model, tokens, [Window(0, 6, 0)], vocab_size=300)
+    with torch.no_grad():
+        expected = model(tokens[None].long()).logits[0, :-1, :300].double().log_softmax(-1)
+    expected = expected.gather(-1, tokens[1:, None].long())[:, 0]
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_without_a_window_are_nan(tiny_llama: Callable[..., Any]) -> None:
@@ -153,6 +164,11 @@ def test_what_cannot_be_loaded_is_explained(tmp_path: Path, tiny_tokenizer: Any,
         load_causal_lm(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tiny_model_dir / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(MemdecError, match="is no causal LM"):  # cut short
+        load_causal_lm(tmp_path)
+    weights = load_file(tiny_model_dir / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MemdecError, match=r"lacks 1 of its model's weights \(model.layers.1.mlp.up_proj.weight\)"):
         load_causal_lm(tmp_path)
     with pytest.raises(MemdecError, match="--dtype int8: wanted auto"):
         load_causal_lm(tiny_model_dir, dtype="int8")

@@ -423,9 +423,6 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
     def init_weights(self) -> None:
         """Leaves the weights alone: both models bring theirs."""
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Leaves the weights alone: both models bring theirs."""
-
     def tie_weights(self, *arguments: Any, **named: Any) -> None:
         """Ties each model's weights as that model does."""
         self.base.tie_weights(*arguments, **named)
