@@ -14,6 +14,7 @@ inline uint32_t rank_of(float x) {
 inline float float_of_rank(uint32_t rank) { return float_of_bits(rank ^ (rank >> 31 ? 0x80000000u : 0xffffffffu)); }
 
 inline uint64_t key_of(uint32_t rank, uint32_t id) { return static_cast<uint64_t>(rank) << 32 | id; }
+inline int64_t id_of(uint64_t key) { return static_cast<int64_t>(key & 0xffffffffu); }
 
 // What `partition` and `select_smallest` may write beyond the last element of `keys` and of `scratch`.
 constexpr int64_t select_slack = 8;
@@ -78,11 +79,11 @@ inline uint64_t select_smallest(uint64_t* keys, int64_t n, int64_t k, uint64_t* 
   return first[k - 1];
 }
 
-// Sorts n keys, ascending: a radix sort, a byte a pass, that skips the bytes in which all keys agree.
-inline void radix_sort(uint64_t* keys, int64_t n, uint64_t* scratch) {
+// Sorts n keys by their lowest `bits`, ascending: a radix sort, a byte a pass, that skips the bytes in which all keys agree.
+inline void radix_sort(uint64_t* keys, int64_t n, uint64_t* scratch, int bits = 64) {
   uint64_t* from = keys;
   uint64_t* to = scratch;
-  for (int shift = 0; shift < 64; shift += 8) {
+  for (int shift = 0; shift < bits; shift += 8) {
     uint32_t place[256] = {};
     for (int64_t i = 0; i < n; ++i) ++place[from[i] >> shift & 0xff];
     if (n == 0 || place[from[0] >> shift & 0xff] == n) continue;

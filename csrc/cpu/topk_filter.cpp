@@ -143,25 +143,37 @@ Status topk_filter_update(const TopkFilterUpdate& op, const Launch& launch) {
 Status topk_filter_refine(const TopkFilterRefine& op, const Launch& launch) {
   const TopkBuffers& buffers = op.buffers;
   const int threads = threads_for(op.rows * buffers.keep * op.dim, launch.threads);
-  parallel(op.rows, larger(1, op.rows / (threads * int64_t{16})), threads, [&](int64_t begin, int64_t end) {
+  const float16* const stored = static_cast<const float16*>(op.stored);
+  // Candidates lie anywhere among the stored rows: visited query by query each would come from main memory. Instead a group of
+  // queries goes through the stored rows block by block, a block small enough for the second-level cache; but not so small that
+  // a query has less than a few candidates in it, for then finding them would be the work.
+  constexpr int64_t group = 512;
+  constexpr int64_t block_bytes = 512 << 10;
+  const int64_t block = larger(larger(1, block_bytes / (2 * op.dim)), op.stored_rows * 4 / larger(1, buffers.keep));
+  parallel(op.rows, larger(1, smaller(group, (op.rows + threads - 1) / threads)), threads, [&](int64_t begin, int64_t end) {
     const Scratch<uint64_t> scratch(buffers.capacity + select_slack);
-    const float16* const stored = static_cast<const float16*>(op.stored);
+    const Scratch<int64_t> next(end - begin);  // each query's first candidate that is not in an earlier block
     for (int64_t r = begin; r < end; ++r) {
       Candidates row{buffers.keys + r * buffers.capacity, buffers.counts[r], buffers.capacity - select_slack, buffers.keep, 0};
       row.cut(scratch.data);
       buffers.counts[r] = static_cast<int32_t>(row.count);
-      constexpr int64_t ahead = 4;  // rows to fetch in advance: they lie anywhere
-      for (int64_t i = 0; i < row.count; ++i) {
-        const int64_t at = static_cast<int64_t>(row.keys[i] & 0xffffffffu) - op.first_id;
-        if (i + ahead < row.count) {
-          const int64_t later = static_cast<int64_t>(row.keys[i + ahead] & 0xffffffffu) - op.first_id;
-          if (later >= 0 && later < op.stored_rows)
-            for (int64_t byte = 0; byte < op.dim * 2; byte += 64)
-              __builtin_prefetch(reinterpret_cast<const char*>(stored + later * op.stored_stride) + byte);
+      radix_sort(row.keys, row.count, scratch.data, 32);
+      int64_t i = 0;
+      while (i < row.count && id_of(row.keys[i]) < op.first_id) ++i;
+      next[r - begin] = i;
+    }
+    for (int64_t from = 0; from < op.stored_rows; from += block) {
+      const int64_t to = op.first_id + smaller(op.stored_rows, from + block);
+      for (int64_t r = begin; r < end; ++r) {
+        uint64_t* const keys = buffers.keys + r * buffers.capacity;
+        const int64_t count = buffers.counts[r];
+        int64_t i = next[r - begin];
+        for (; i < count && id_of(keys[i]) < to; ++i) {
+          const int64_t id = id_of(keys[i]);
+          const float distance = squared_distance(op.queries + r * op.dim, stored + (id - op.first_id) * op.stored_stride, op.dim);
+          keys[i] = key_of(rank_of(distance), static_cast<uint32_t>(id));
         }
-        if (at < 0 || at >= op.stored_rows) continue;
-        const float distance = squared_distance(op.queries + r * op.dim, stored + at * op.stored_stride, op.dim);
-        row.keys[i] = key_of(rank_of(distance), static_cast<uint32_t>(row.keys[i]));
+        next[r - begin] = i;
       }
     }
   });
