@@ -112,6 +112,8 @@ def build_distributions(
         "datastore": datastore.manifest.checksum,
         "model": datastore.model,
         "layer": datastore.layer,
+        "context": datastore.context,  # training alone takes its windows from here
+        "stride": datastore.stride,
         "tokenizer_fingerprint": datastore.tokenizer_fingerprint,
         "k": k,
         "temperature": temperature,
