@@ -1,0 +1,101 @@
+"""Every command, from text to a memory in use, on a tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from memdec.stores.manifest import Manifest
+
+SPLIT = ["--fractions", "0.7,0.15,0.15"]
+
+
+def test_the_stages_alone_make_what_fit_makes(memdec, fitted, tiny_model_dir, text_dir, tmp_path, capsys):
+    model, out = str(tiny_model_dir), tmp_path
+    assert memdec("corpus", model, str(text_dir), "--out", str(out / "corpus"), *SPLIT) == 0
+    said = capsys.readouterr().out
+    assert "for train" in said and "for test" in said
+    options = ["--context", "48", "--dtype", "float32"]
+    assert memdec("datastore", model, str(out / "corpus"), "--out", str(out / "datastore"), *options) == 0
+    assert memdec("distributions", str(out / "datastore"), "--out", str(out / "distributions"), "--k", "32") == 0
+    training = ["--max-steps", "6", "--learning-rate", "0.003", "--dtype", "float32"]
+    stages = [model, str(out / "corpus"), str(out / "distributions")]
+    assert memdec("train", *stages, "--base", model, "--out", str(out), *training) == 0
+    for part in ("corpus", "datastore", "distributions"):
+        assert Manifest.load(out / part).checksum == Manifest.load(fitted / part).checksum, part
+    weights = "model.safetensors"
+    assert (out / "memory" / weights).read_bytes() == (fitted / "memory" / weights).read_bytes()
+
+
+def test_evaluate_prints_the_table_and_writes_the_report(memdec, fitted, tiny_model_dir, tmp_path, capsys):
+    status = memdec(
+        "evaluate", "--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--text", str(fitted / "corpus"),
+        "--datastore", str(fitted / "datastore"), "--context", "48", "--stride", "24", "--samples", "1",
+        "--new-tokens", "4", "--prompt", "The court", "--out", str(tmp_path / "report"),
+    )  # fmt: skip
+    assert status == 0
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert [m["method"] for m in content["measures"]] == ["base", "knn-lm", "memory", "base+memory"]
+    for entry in content["measures"]:
+        assert entry["label"] in printed and f"{entry['perplexity']:.2f}" in printed
+    assert "alpha = " in printed and "report.html" in printed
+    assert len(content["generations"]) == 2
+    # Trained on this very kind of text, even six steps help; what fit chose on validation holds on the test split.
+    assert content["measures"][3]["perplexity"] < content["measures"][0]["perplexity"]
+
+
+def test_generate_streams_and_compares(memdec, fitted, tiny_model_dir, capsys, monkeypatch):
+    common = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--max-new-tokens", "8"]
+    assert memdec("generate", *common, "The court") == 0
+    alone = capsys.readouterr().out
+    assert alone.startswith("The court") and len(alone) > len("The court") + 4
+    assert memdec("generate", *common, "The court", "--side-by-side") == 0
+    both = capsys.readouterr()
+    assert both.out.count("The court") == 2 and both.out.endswith(alone)
+    assert "the base alone" in both.err and "base + memory (alpha =" in both.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The court"))
+    assert memdec("generate", *common, "-") == 0
+    assert capsys.readouterr().out == alone
+    drawn = []
+    for seed in ("1", "1", "2"):
+        assert memdec("generate", *common, "The court", "--temperature", "1.5", "--seed", seed) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_alpha_zero_is_the_base(memdec, fitted, tiny_model_dir, capsys):
+    common = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--max-new-tokens", "8", "A tenant"]
+    assert memdec("generate", *common, "--alpha", "0", "--side-by-side") == 0
+    out = capsys.readouterr().out.split("A tenant")
+    assert out[1].strip() == out[2].strip() and len(out) == 3
+
+
+def test_info_and_verify_of_the_run(memdec, fitted, capsys):
+    assert memdec("info", str(fitted)) == 0
+    printed = capsys.readouterr().out
+    for word in ("memdec.corpus", "memdec.datastore", "memdec.distributions", "memdec.memory", "temperature", "alpha"):
+        assert word in printed
+    assert "not finished" not in printed
+    assert memdec("verify", str(fitted)) == 0
+
+
+def test_quiet_prints_only_results(fitted, tiny_model_dir):
+    options = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--max-new-tokens", "3"]
+    command = [sys.executable, "-m", "memdec", "generate", *options, "The court", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("The court")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_are_set(memdec, fitted, threads, monkeypatch):
+    import torch
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "7")
+    assert memdec("info", str(fitted), "--threads", str(threads)) == 0
+    assert torch.get_num_threads() == threads
