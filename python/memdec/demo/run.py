@@ -180,6 +180,7 @@ def measure_speeds(model: str, tokens: int = 512) -> Speeds:
     from memdec.modeling.scoring import load_causal_lm
 
     loaded = load_causal_lm(model)
+    tokens = min(tokens, getattr(loaded.config.get_text_config(), "max_position_embeddings", tokens))
     ids = torch.arange(2 * tokens).remainder(100).reshape(2, tokens)
     hidden_and_keys(loaded, ids[:, :64])
     begun = time.perf_counter()
