@@ -2,7 +2,7 @@
 
 The model has SmolLM2-135M's shape and random weights in bfloat16, the batch two windows of 512 tokens. Both loops are
 the same but for the loss: ours never has the logits of the batch, the other makes them with the output head and takes a
-logsumexp and two gathers (no dense teacher). Tokens/s and the peak of memory beside weights and moments are what counts;
+logsumexp and two gathers (no dense teacher). What counts is tokens/s and the peak of memory beside weights and moments;
 GB/s is of the weights read and written, a lower bound that no one comes near.
 """
 
