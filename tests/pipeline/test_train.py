@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from conftest import sentences
 from memdec import MemdecError, SparseDistributions
 from memdec.modeling.scoring import perplexity, score_tokens
 from memdec.modeling.tokenizers import fingerprint
@@ -35,6 +35,14 @@ from memdec.stores.windows import windows
 
 CONTEXT = 48
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 4, "learning_rate": 3e-3, "tensorboard": False, "device": "cpu"}
+
+
+def sentences(count: int, seed: int) -> str:
+    """Text with few choices, so that a tiny model learns it at once."""
+    draw = random.Random(seed)
+    words = [["the clerk", "a tenant", "every juror"], ["granted", "denied", "measured"], ["the lease", "an appeal"],
+             ["before noon", "twice", "under section 12"]]  # fmt: skip
+    return " ".join(" ".join(draw.choice(choices) for choices in words) + "." for _ in range(count))
 
 
 def write_corpus(folder: Path, tokenizer: Any, *, validation: bool = True, repeats: int = 40) -> Corpus:

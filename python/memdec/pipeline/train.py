@@ -275,7 +275,8 @@ def _train(
         save_model(start, folder / "start")
         del start
     processes.wait()
-    steps(run, tensorboard=tensorboard)
+    with torch.random.fork_rng([processes.device] if processes.device.type == "cuda" else []):
+        steps(run, tensorboard=tensorboard)
     if processes.first and record is not None:
         results = finish_memory(run, tokenizer, corpus, memory, fields)
         record.finish(results)
@@ -322,7 +323,7 @@ def make_plan(corpus: Corpus, store: DistributionStore, settings: Settings, proc
             f"the corpus in {corpus.folder} has no validation text, on which the best checkpoint and alpha are chosen; "
             "give more documents (a document is never split between training and validation)."
         )
-    made_with = {**store.manifest.fields, **store.manifest.results}
+    made_with = store.manifest.fields
     context = settings.context or int(made_with.get("context") or 1024)
     stride = settings.stride if settings.stride is not None or settings.context else made_with.get("stride")
     cut = windows(train.num_tokens, context, stride)
