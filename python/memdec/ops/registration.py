@@ -44,11 +44,11 @@ _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_trans
 
 def is_traced(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through the registered operator: compiled, transformed, watched by a dispatch mode, or not
-    on plain tensors."""
+    on plain tensors in the CPU's memory."""
     if torch.compiler.is_compiling() or _transforms_active() or _dispatch_modes():
         return True
     plain = (torch.Tensor, torch.nn.Parameter)
-    return any(tensor is not None and type(tensor) not in plain for tensor in tensors)
+    return any(tensor is not None and (type(tensor) not in plain or not tensor.is_cpu) for tensor in tensors)
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:

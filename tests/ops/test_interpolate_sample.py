@@ -1,0 +1,166 @@
+"""interpolate_sample: the reference's tokens for the reference's seeds, and the right frequencies.
+
+The reference itself is held against Philox's published vectors and transformers' warpers in test_reference; what the
+whole family owes is in test_mixture.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from memdec import ops
+from memdec.ops import reference
+
+WARPERS = {
+    "coin": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 50},
+    "large top_k": {"top_k": 3000},
+    "top_k beyond V": {"top_k": 10**6},
+    "top_p": {"top_p": 0.9},
+    "top_p of 0": {"top_p": 0.0},
+    "min_p": {"min_p": 0.05},
+    "all": {"temperature": 1.3, "top_k": 200, "top_p": 0.8, "min_p": 0.01},
+    "all but top_k": {"temperature": 1.3, "top_p": 0.95, "min_p": 0.001},
+}
+warpers = pytest.mark.parametrize("settings", WARPERS.values(), ids=WARPERS.keys())
+
+
+def pair(rows, vocab, dtype, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        (scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)
+    )
+
+
+@warpers
+@pytest.mark.parametrize(("rows", "vocab"), [(40, 7), (20, 4097), (3, 50257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_reference_s_tokens(simd, dtype, rows, vocab, settings):
+    """The same token as the reference in float64, but for scores within rounding of each other (float64: never).
+
+    A float32 score errs by some 1e-6, and two best scores are closer than 1e-5 in one row of 10⁵: one row may differ.
+    """
+    base, memory = pair(rows, vocab, dtype)
+    arguments = {"seed": 2**63 + 11, "offset": torch.arange(rows) * 2**33, **settings}
+    wanted = reference.interpolate_sample(base.double(), memory.double(), 0.4, **arguments)
+    got = ops.interpolate_sample(base, memory, 0.4, **arguments)
+    assert int((got != wanted).sum()) <= (0 if dtype == torch.float64 else 1)
+
+
+@warpers
+def test_ties_at_every_border(simd, settings):
+    """Whole logits, some 6 values: k-th scores, nucleus borders and minima all fall on ties, as in the reference."""
+    base, memory = (x.round() for x in pair(64, 200, torch.float64, scale=1.0))
+    settings = {**settings, "top_k": min(settings.get("top_k", 0), 30)}
+    for dtype in (torch.float64, torch.float32):
+        wanted = reference.interpolate_sample(base, base if dtype == torch.float32 else memory, 0.4, seed=9, **settings)
+        got = ops.interpolate_sample(
+            base.to(dtype), (base if dtype == torch.float32 else memory).to(dtype), 0.4, seed=9, **settings
+        )
+        assert int((got != wanted).sum()) <= (0 if dtype == torch.float64 else 1)
+
+
+def chi_square(counts, probs):
+    """Pearson's statistic, and what it exceeds once in 10⁶ runs (Wilson–Hilferty); tokens under 5 expected pooled."""
+    expected = probs.double() * counts.sum()
+    rare = expected < 5
+    observed = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    assert not observed[expected == 0].any(), "a token of probability 0 was drawn"
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    freedom = max(observed.numel() - 1, 1)
+    limit = freedom * (1 - 2 / (9 * freedom) + 4.7534 * math.sqrt(2 / (9 * freedom))) ** 3
+    return float(((observed - expected) ** 2 / expected).sum()), limit
+
+
+@warpers
+@pytest.mark.parametrize("varied", ["row", "seed", "offset"])
+def test_frequencies(settings, varied):
+    """χ² of 100,000 draws from one pair of rows against the warped mixture; false alarm 10⁻⁶ a case, 3·10⁻⁵ in all.
+
+    The draws differ by the row index that an int seed mixes in, by the seed, or by the offset alone.
+    """
+    rows, vocab, alpha = 100_000, 50, 0.35
+    base, memory = pair(1, vocab, torch.float32, scale=1.5)
+    settings = {**settings, "top_k": min(settings.get("top_k", 0), 12)}
+    log_p = reference.interpolate(base.double(), memory.double(), alpha)
+    probs = reference.warp(log_p, **settings).softmax(-1)[0]
+    count = torch.arange(rows)
+    streams = {"row": {"seed": 1}, "seed": {"seed": count}, "offset": {"seed": torch.full((rows,), 5), "offset": count}}
+    tokens = ops.interpolate_sample(
+        base.expand(rows, -1), memory.expand(rows, -1), alpha, **streams[varied], **settings
+    )
+    statistic, limit = chi_square(torch.bincount(tokens, minlength=vocab), probs)
+    assert statistic < limit
+
+
+def test_coin_and_noise_are_independent():
+    """χ² over (component, token) pairs: disjoint halves of the vocabulary tell which component was drawn from."""
+    rows = 100_000
+    base, memory = torch.full((1, 8), -math.inf), torch.full((1, 8), -math.inf)
+    base[0, :4], memory[0, 4:] = torch.tensor([0.0, 1.0, 0.5, -1.0]), torch.tensor([1.0, 0.0, 0.3, 0.2])
+    probs = torch.cat([0.7 * base[0, :4].softmax(0), 0.3 * memory[0, 4:].softmax(0)])
+    tokens = ops.interpolate_sample(base.expand(rows, -1), memory.expand(rows, -1), 0.3, seed=8)
+    statistic, limit = chi_square(torch.bincount(tokens, minlength=8), probs)
+    assert statistic < limit
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should():
+    """The tail: a token of probability 2⁻²⁰ in a million rows: a Poisson count of mean 0.95, above 12 once in 10⁹ runs.
+
+    And 4,000 tokens that hold 1% together: mean 1,000, beyond 6 standard deviations once in 5·10⁸ runs.
+    """
+    rows = 1_000_000
+    one = torch.tensor([[20 * math.log(2), 0.0]])
+    drawn = int(ops.interpolate_sample(one.expand(rows, -1), one.expand(rows, -1), 0.5, seed=4).sum())
+    assert drawn <= 12
+    rows = 100_000
+    many = torch.zeros(1, 4001)
+    many[0, 0] = math.log(4000 * 99)
+    drawn = int((ops.interpolate_sample(many.expand(rows, -1), many.expand(rows, -1), 0.5, seed=4) > 0).sum())
+    assert abs(drawn - rows / 100) < 6 * math.sqrt(rows / 100)
+
+
+@warpers
+def test_a_row_draws_in_a_batch_as_alone(settings):
+    base, memory = pair(9, 20000, torch.float32)
+    seeds, offsets = torch.randint(-(2**63), 2**63 - 1, (9,)), torch.randint(-(2**63), 2**63 - 1, (9,))
+    batch = ops.interpolate_sample(base, memory, 0.4, seed=seeds, offset=offsets, **settings)
+    for i in range(9):
+        row = slice(i, i + 1)
+        alone = ops.interpolate_sample(
+            base[row], memory[row], 0.4, seed=int(seeds[i]), offset=int(offsets[i]), **settings
+        )
+        assert int(alone) == int(batch[i])
+
+
+def test_scalar_tensors_are_numbers_and_64_bits_count():
+    base, memory = (x.expand(30, -1) for x in pair(1, 500, torch.float32))
+    draw = lambda seed, offset=0: ops.interpolate_sample(base, memory, 0.4, seed=seed, offset=offset)  # noqa: E731
+    assert torch.equal(draw(7, 3), draw(torch.tensor(7), torch.tensor(3)))
+    assert torch.equal(draw(2**64 - 1), draw(-1))
+    assert draw(7).unique().numel() > 5  # one row after the other draws anew
+    for other in (draw(8), draw(7 + 2**32), draw(7, 1), draw(7, 2**32)):
+        assert not torch.equal(draw(7), other)
+
+
+def test_arguments_that_cannot_be():
+    base, memory = pair(2, 5, torch.float32)
+    for settings, error, message in (
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0, wanted a finite number above 0"),
+        ({"temperature": math.nan}, ValueError, "temperature: got nan"),
+        ({"top_k": -1}, ValueError, "top_k: got -1, wanted at least 0"),
+        ({"top_k": 2.0}, TypeError, "top_k: got float, wanted an int"),
+        ({"top_p": 1.5}, ValueError, "top_p: got 1.5, wanted 0 to 1"),
+        ({"min_p": -0.1}, ValueError, "min_p: got -0.1, wanted 0 to 1"),
+        ({"seed": 1.0}, TypeError, "seed: got float, wanted an int or an int64 tensor"),
+        ({"seed": 2**64}, ValueError, "seed: got 18446744073709551616, wanted a number of 64 bits"),
+        ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed: got shape \(3,\), wanted \(2,\)"),
+        ({"offset": torch.zeros(2)}, TypeError, r"offset: got torch\.float32, wanted torch\.int64"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.interpolate_sample(base, memory, 0.4, **{"seed": 1, **settings})
