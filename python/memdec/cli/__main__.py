@@ -1,0 +1,6 @@
+"""``python -m memdec.cli``: the same as ``memdec``, for launchers such as torchrun."""
+
+from memdec.cli import main
+
+if __name__ == "__main__":
+    main()
