@@ -151,11 +151,16 @@ def test_tokens_are_coloured_by_what_the_mixture_gained(evaluation):
         assert f'class="{style}"' in page and f".{style} {{" in page
 
 
-@pytest.mark.parametrize("missing", ["knn-lm", "memory", "training", "per_document", "copied", "generations", "shown"])
+@pytest.mark.parametrize(
+    "missing", ["infinite", "knn-lm", "memory", "training", "per_document", "copied", "generations", "shown"]
+)
 def test_parts_that_were_not_measured_are_left_out(evaluation, missing):
     if missing == "knn-lm":
         evaluation["measures"] = [m for m in evaluation["measures"] if m["method"] != "knn-lm"]
         evaluation["settings"]["knn"] = None
+    elif missing == "infinite":  # a kNN-LM with all the weight, and a token that no neighbour held
+        evaluation["measures"][1].update(perplexity=None, relative=None, interval=[None, None], novel_perplexity=None)
+        evaluation["measures"][1]["per_document"]["byte_perplexity"] = None
     elif missing == "memory":
         evaluation["measures"] = [m for m in evaluation["measures"] if "memory" not in m["method"]]
         evaluation["alpha_curve"] = []

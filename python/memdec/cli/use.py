@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Base = Annotated[str, typer.Option("--base", help="The base model: a folder, a hub id, or a .gguf file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: an accelerator if there is one.")]
 
 
 def register(app: typer.Typer) -> None:

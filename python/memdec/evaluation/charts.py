@@ -159,10 +159,10 @@ def tick_text(value: float) -> str:
     return f"{value:g}"
 
 
-def number(value: float | None) -> str:
-    """A perplexity for people: three or four digits."""
+def number(value: float | None, digits: int = 2) -> str:
+    """A perplexity for people: three or four digits, or so many after the point."""
     if value is None or not math.isfinite(value):
         return "–"
     if value >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.2f}" if value < 100 else f"{value:.1f}"
+    return f"{value:.{digits}f}" if value < 100 else f"{value:.1f}"

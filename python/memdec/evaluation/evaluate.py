@@ -42,6 +42,7 @@ from memdec.evaluation.perplexity import (
 from memdec.modeling.scoring import load_causal_lm, mixture_log_prob, perplexity, score_tokens
 from memdec.modeling.tokenizers import compare as compare_tokenizers
 from memdec.modeling.tokenizers import load_tokenizer
+from memdec.pipeline.embed import default_device
 from memdec.pipeline.progress import progress
 from memdec.stores.atomic import make_folder, write_file
 
@@ -199,7 +200,7 @@ def evaluate(
         max_tokens: measure only the leading documents.
         batch_size: windows a forward.
         dtype: "auto", "float32", "bfloat16" or "float16".
-        device: such as "cpu" or "cuda:0"; None is the CPU.
+        device: such as "cpu" or "cuda:0"; None is an accelerator if there is one, else the CPU.
         prompts: each is continued greedily, by base and by mixture.
         held_out_prompts: so many documents' beginnings are continued too, with the true continuation beside.
         new_tokens: length of each continuation.
@@ -231,6 +232,7 @@ def evaluate(
     found_tokens = held_out.num_tokens
     if max_tokens is not None:
         held_out = held_out.first_tokens(max_tokens, context)
+    device = device or default_device()
     base_model = load_causal_lm(base, dtype=dtype, device=device)
     context = _fitting_context(base_model, context)
     if stride is not None:

@@ -35,6 +35,7 @@ def render_report(evaluation: dict[str, Any]) -> str:
         e=evaluation,
         measures=evaluation["measures"],
         by_method=measures,
+        best=min(evaluation["measures"], key=lambda m: math.inf if m["perplexity"] is None else m["perplexity"]),
         styles=STYLES,
         bars=perplexity_bars(evaluation["measures"]),
         curve=alpha_chart(evaluation, measures),
@@ -84,7 +85,7 @@ def alpha_chart(evaluation: dict[str, Any], measures: dict[str, Any]) -> str:
     alpha = evaluation["settings"]["alpha"]
     at = min(curve, key=lambda point: abs(point[0] - alpha))
     rules = []
-    if "knn-lm" in measures:
+    if "knn-lm" in measures and measures["knn-lm"]["perplexity"] is not None:
         rules.append((float(measures["knn-lm"]["perplexity"]), f"kNN-LM {number(measures['knn-lm']['perplexity'])}"))
     return line_chart(
         [Line("base + memory", curve, "c-mixture")],

@@ -114,8 +114,9 @@ def stream(
     from transformers import TextStreamer
 
     from memdec import MemoryModel
+    from memdec.pipeline.embed import default_device
 
-    model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=device)
+    model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=device or default_device())
     tokenizer = model.tokenizer
     inputs: dict[str, Any] = encode(tokenizer, prompt, model.device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
