@@ -17,6 +17,7 @@ $(VENV)/torch.stamp: constraints.txt
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	touch $@
 
+# The extras of the installed package, further down, are then asked for by its name, which builds nothing again.
 # scikit-build-core and pybind11 come first, then the package itself is built without isolation: a second build environment
 # would download what is already here.
 $(VENV)/memdec.stamp: $(VENV)/torch.stamp $(SOURCES)
@@ -32,11 +33,11 @@ $(VENV)/demo.stamp: $(VENV)/memdec.stamp
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/memdec.stamp
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation '.[test]'
+	$(PIP) 'memdec[test]'
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/memdec.stamp
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation '.[bench]'
+	$(PIP) 'memdec[bench]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp
