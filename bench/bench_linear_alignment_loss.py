@@ -1,7 +1,7 @@
 """linear_alignment_loss, forward and backward, N = 2048, d = 576, V = 49152 (SmolLM2's head).
 
-Wanted: at most 1/8 of the peak memory of the unfused version (the product, then a careful eager loss), at most 1.1 times
-its time. The product followed by memdec's own alignment_loss is shown beside it.
+Wanted: at most 1/8 of the peak memory of the unfused version (the product, then a careful eager loss), and at most 1.1
+times its time. The product followed by memdec's own alignment_loss is shown beside it.
 """
 
 from __future__ import annotations
