@@ -47,24 +47,35 @@ inline accumulator_t<T> largest(const T* z, int64_t n) {
 }
 
 // The best z(v) − top + g(v) among n tokens from `begin` on, where it exceeds `best`. No NaN; top is finite.
+//
+// As E ≥ u, noise −log E above some x needs a draw u below exp(−x). Most vectors hold no draw that small, and no logarithm is
+// taken for them.
 template <class T>
 inline void take_best(const T* z, int64_t n, int64_t begin, accumulator_t<T> top, uint64_t seed, uint64_t offset,
                       Best<accumulator_t<T>>& best) {
   using V = vec_t<T>;
-  using A = accumulator_t<T>;
   const V shift = broadcast<V>(top);
-  A noise[noise_columns];
+  uint32_t draw[noise_columns];
   for (int64_t part = 0; part < n; part += noise_columns) {
     const int64_t count = smaller(noise_columns, n - part);
-    // Noise has a largest value, so a part of unlikely tokens is out before it is drawn.
-    if ((largest(z + part, count) - top) + static_cast<A>(largest_gumbel) < best.score) continue;
-    gumbel_of_range(seed, offset, begin + part, count, noise);
-    for_each_vector(z + part, z + part, count, [&](int64_t i, int64_t lanes, V logit, V) {
-      const V g = lanes == V::width ? load(noise + i) : load_some(noise + i, lanes, A{0});
-      const V score = (logit - shift) + g;
+    const double part_top = static_cast<double>(largest(z + part, count) - top);
+    // The draw from which on a token of this part cannot win; the margin is for the rounding of scores.
+    const auto useless_from = [&] {
+      const double u = ::exp(part_top - static_cast<double>(best.score) + 1e-4);
+      return u < 0.99 ? static_cast<uint32_t>(u * 0x1p32) + 1 : 0xffffffffu;
+    };
+    if (part_top + largest_gumbel < static_cast<double>(best.score)) continue;
+    uint32_t limit = useless_from();
+    draws_of_range(seed, offset, begin + part, count, draw);
+    for_each_vector(z + part, z + part, count, [&](int64_t i, int64_t, V logit, V) {
+      uint32_t least = draw[i];
+      for (int j = 1; j < V::width; ++j) least = least < draw[i + j] ? least : draw[i + j];
+      if (least > limit) return;
+      const V score = (logit - shift) + gumbel<V>(draw + i);
       if (!any(less(broadcast<V>(best.score), score))) return;
       best.score = reduce_max(score);
       best.token = begin + part + i + first(equal(score, broadcast<V>(best.score)));
+      limit = useless_from();
     });
   }
 }
@@ -78,8 +89,8 @@ inline int64_t draw_row(const T* z, int64_t columns, uint64_t seed, uint64_t off
   return best.token;
 }
 
-// Tokens and their scores, sorted: ascending scores, equals by ascending id. Least-significant-digit radix sort, 11 bits at
-// a time, of keys whose order as integers is the order of the scores.
+// Tokens and their scores, in the order in which they were added until sort(): ascending scores, equals as they were. A
+// least-significant-digit radix sort, 11 bits at a time, of keys whose order as integers is the order of the scores.
 template <class A>
 struct Candidates {
   using Key = decltype([] {
@@ -138,6 +149,46 @@ struct Candidates {
     __builtin_memcpy(tokens.data, token_from, sizeof(int32_t) * static_cast<size_t>(count));
   }
 
+  double weight(int64_t i, A top) const { return ::exp(static_cast<double>(score(i)) - static_cast<double>(top)); }
+
+  // From the least score up, drops candidates while the running sum of exp(score − top), `whole` less that of all candidates
+  // to begin with, is at most share · whole; the last stays. Only those that fall into the bin of scores where that ends are
+  // sorted: what is left is in no order.
+  void cut_below(double share, double whole, A top) {
+    constexpr int scores_bins = 512;
+    constexpr double bins_a_unit = 16;
+    const auto bin_of = [&](int64_t i) {
+      const double below_top = (static_cast<double>(top) - static_cast<double>(score(i))) * bins_a_unit;
+      return below_top < scores_bins - 1 ? static_cast<int>(below_top) : scores_bins - 1;
+    };
+    double mass[scores_bins] = {}, left = 0;
+    for (int64_t i = 0; i < count; ++i) mass[bin_of(i)] += weight(i, top);
+    for (const double m : mass) left += m;
+    if (whole < left) whole = left;
+    double running = whole - left;
+    int edge = scores_bins - 1;
+    while (edge > 0 && running + mass[edge] <= share * whole) running += mass[edge--];
+    int64_t above = 0, within = 0;
+    for (int64_t i = 0; i < count; ++i) within += bin_of(i) == edge;
+    Candidates edges(within);
+    for (int64_t i = 0; i < count; ++i) {
+      const int bin = bin_of(i);
+      if (bin == edge) edges.add(score(i), tokens[i]);
+      if (bin >= edge) continue;
+      keys[above] = keys[i];
+      tokens[above++] = tokens[i];
+    }
+    edges.sort();
+    int64_t least = 0;
+    const int64_t most = edges.count - (above == 0);  // the last of all stays
+    while (least < most && (running += edges.weight(least, top)) <= share * whole) ++least;
+    count = above;
+    for (int64_t i = least; i < edges.count; ++i) {
+      keys[count] = edges.keys[i];
+      tokens[count++] = edges.tokens[i];
+    }
+  }
+
  private:
   int64_t spare;
 };
@@ -184,28 +235,28 @@ inline int64_t draw_warped(const A* scores, int64_t columns, uint64_t seed, uint
     whole += static_cast<double>(reduce_add(sum));
   }
   int64_t least = 0;  // kept[least …] in sorted order are left
-  if (op.top_k > 0 || op.top_p < 1) kept.sort();
+  if (needs_whole) kept.cut_below(1 - op.top_p, whole, top);
+  else if (op.top_k > 0) kept.sort();
   if (op.top_k > 0 && op.top_k < kept.count) {
     least = kept.count - op.top_k;
     while (least > 0 && kept.score(least - 1) == kept.score(least)) --least;
   }
-  if (op.top_p < 1) {
-    const auto weight = [&](int64_t i) { return ::exp(static_cast<double>(kept.score(i)) - static_cast<double>(top)); };
-    double left = 0;
-    for (int64_t i = least; i < kept.count; ++i) left += weight(i);
-    const double total = needs_whole && whole > left ? whole : left;
-    double running = total - left;
-    while (least < kept.count - 1 && (running += weight(least)) <= (1 - op.top_p) * total) ++least;
+  if (op.top_p < 1 && !needs_whole) {
+    double total = 0, running = 0;
+    for (int64_t i = least; i < kept.count; ++i) total += kept.weight(i, top);
+    while (least < kept.count - 1 && (running += kept.weight(least, top)) <= (1 - op.top_p) * total) ++least;
   }
   const A floor = op.min_p > 0 ? static_cast<A>(static_cast<double>(top) + ::log(op.min_p)) : static_cast<A>(-INFINITY);
   Best<A> best;
-  A noise[noise_columns];
+  uint32_t draw[noise_columns + V::width] = {};
+  A noise[V::width];
   for (int64_t begin = least; begin < kept.count; begin += noise_columns) {
     const int64_t n = smaller(noise_columns, kept.count - begin);
-    gumbel_of_tokens(seed, offset, kept.tokens.data + begin, n, noise);
+    draws_of_tokens(seed, offset, kept.tokens.data + begin, n, draw);
     for (int64_t i = 0; i < n; ++i) {
+      if (i % V::width == 0) store(noise, gumbel<V>(draw + i));
       const A score = kept.score(begin + i);
-      const A value = score + noise[i];
+      const A value = score + noise[i % V::width];
       const int64_t token = kept.tokens[begin + i];
       if (score >= floor && (value > best.score || (value == best.score && token < best.token))) best = {value, token};
     }
