@@ -129,6 +129,51 @@ inline accumulator_t<T> least_distance(const T* distances, const I* tokens, int6
   return -reduce_max(zero - min(least[0], least[1]));
 }
 
+// x, or 0 where `drop`: no branch, and nothing that x waits for.
+inline double unless(bool drop, double x) {
+#if defined(MEMDEC_LEVEL_IS_avx512) || defined(MEMDEC_LEVEL_IS_avx2)
+  const __m128i mask = _mm_cvtsi64_si128(static_cast<int64_t>(drop) - 1);
+  return _mm_cvtsd_f64(_mm_and_pd(_mm_set_sd(x), _mm_castsi128_pd(mask)));
+#else
+  return drop ? 0.0 : x;
+#endif
+}
+
+// 4. The sum of the weights of each run of one token, and the token; returns how many runs. No branch on "another token": it
+// would be mispredicted at every other neighbour. A sum waits for the one before it, so two stretches that meet where a run ends
+// are gone through side by side. A function of its own, because its loop needs every register.
+template <class A, class E>
+__attribute__((noinline)) int64_t sum_runs(const E* sorted, const A* weight, int64_t n, int place_bits, double* sum, int32_t* tokens) {
+  const E places = (E{1} << place_bits) - 1;
+  int64_t middle = n / 2;
+  while (middle > 0 && middle < n && (sorted[middle] ^ sorted[middle - 1]) <= places) ++middle;
+  const auto add = [&](int64_t i, int64_t& at, E& before, double& run) {
+    const E key = sorted[i];
+    const bool another = (key ^ before) > places;
+    at += another;
+    run = unless(another, run) + static_cast<double>(weight[key & places]);
+    sum[at] = run;
+    tokens[at] = static_cast<int32_t>(key >> place_bits);
+    before = key;
+  };
+  int64_t low = -1, high = middle - 1;
+  E before_low = ~sorted[0], before_high = middle < n ? ~sorted[middle] : 0;
+  double run_low = 0, run_high = 0;
+  const int64_t together = smaller(middle, n - middle);
+  for (int64_t i = 0; i < together; ++i) {
+    add(i, low, before_low, run_low);
+    add(middle + i, high, before_high, run_high);
+  }
+  for (int64_t i = together; i < middle; ++i) add(i, low, before_low, run_low);
+  for (int64_t i = middle + together; i < n; ++i) add(i, high, before_high, run_high);
+  int64_t distinct = low + 1;
+  for (int64_t i = middle; i <= high; ++i, ++distinct) {
+    tokens[distinct] = tokens[i];
+    sum[distinct] = sum[i];
+  }
+  return distinct;
+}
+
 template <class T, class I, class E>
 struct Kernel {
   using A = accumulator_t<T>;
@@ -139,33 +184,6 @@ struct Kernel {
   int64_t most;  // pairs a row can give
   int64_t first_bad_distance;  // flat positions, −1: none; the lowest, whichever thread comes first
   int64_t first_bad_token;
-
-  // The sums of the runs of one stretch of sorted keys, written from place `at` on: there are no more runs than keys.
-  struct Runs {
-    const E* sorted;
-    const A* weight;
-    double* sum;
-    int32_t* tokens;
-    int place_bits;
-    E places;
-    int64_t at;
-    E before;
-    double run = 0;
-
-    Runs(const Workspace<A, E>& work, const E* keys, const Packing& packing, int32_t* out, int64_t first)
-        : sorted(keys), weight(work.weight), sum(work.sum), tokens(out), place_bits(packing.place_bits),
-          places((E{1} << packing.place_bits) - 1), at(first - 1), before(~E{0}) {}
-
-    void add(int64_t i) {
-      const E token = sorted[i] >> place_bits;
-      const bool another = token != before;
-      at += another;
-      run = (another ? 0.0 : run) + static_cast<double>(weight[sorted[i] & places]);
-      sum[at] = run;
-      tokens[at] = static_cast<int32_t>(token);
-      before = token;
-    }
-  };
 
   static void note(int64_t& lowest, int64_t position) {
     int64_t seen = __atomic_load_n(&lowest, __ATOMIC_RELAXED);
@@ -220,25 +238,7 @@ struct Kernel {
     if (present == 0) return 0;
     const E* const sorted = sort_by_token(work.keys, work.sorted, present, packing);
 
-    // 4. Runs of one token. No branch on "another token": it would be mispredicted at every other neighbour. Each sum waits for
-    // the one before it, so two stretches that meet where a run ends are gone through side by side.
-    const auto token_at = [&](int64_t i) { return sorted[i] >> packing.place_bits; };
-    int64_t middle = present / 2;
-    while (middle > 0 && middle < present && token_at(middle) == token_at(middle - 1)) ++middle;
-    Runs low{work, sorted, packing, tokens, 0};
-    Runs high{work, sorted, packing, tokens, middle};
-    const int64_t together = smaller(middle, present - middle);
-    for (int64_t i = 0; i < together; ++i) {
-      low.add(i);
-      high.add(middle + i);
-    }
-    for (int64_t i = together; i < middle; ++i) low.add(i);
-    for (int64_t i = middle + together; i < present; ++i) high.add(i);
-    int64_t distinct = low.at + 1;
-    for (int64_t i = middle; i <= high.at; ++i, ++distinct) {
-      tokens[distinct] = tokens[i];
-      work.sum[distinct] = work.sum[i];
-    }
+    const int64_t distinct = sum_runs(sorted, work.weight, present, packing.place_bits, work.sum, tokens);
     double part[8] = {};
     int64_t i = 0;
     for (; i + 8 <= distinct; i += 8)
