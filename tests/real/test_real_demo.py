@@ -27,6 +27,7 @@ def test_the_unpacked_model_is_plain_and_knows_its_language(smollm2_path):
     assert "Paris" in tokenizer.decode(made[0])
 
 
+@pytest.mark.timeout(1800)  # minutes on a quiet machine, many more on a busy one
 def test_a_quarter_of_the_demo(smollm2_path, tmp_path, monkeypatch):
     """On 26k tokens a memory takes at least a fifth off the perplexity of text it has not seen (the demo: more)."""
     from memdec.demo import run as demo_run
