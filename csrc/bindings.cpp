@@ -187,6 +187,13 @@ PYBIND11_MODULE(_C, m) {
          .residual = pointer<float>(residual)},
         threads);
   });
+  m.def("topk_filter_prepare", [](uintptr_t stored, int64_t stored_stride, uintptr_t mean, int64_t rows, int64_t dim, uintptr_t centred,
+                                  uintptr_t norms, int threads) {
+    run("topk_filter_prepare", memdec::topk_filter_prepare,
+        {.stored = pointer(stored), .stored_stride = stored_stride, .mean = pointer<const float>(mean), .rows = rows, .dim = dim,
+         .centred = pointer<float>(centred), .norms = pointer<float>(norms)},
+        threads);
+  });
   m.def("topk_filter_update", [](const Buffers& buffers, uintptr_t products, int64_t products_stride, int64_t rows, int64_t columns,
                                  uintptr_t norms, int64_t first_id, uintptr_t excluded, int threads) {
     run("topk_filter_update", memdec::topk_filter_update,

@@ -134,7 +134,7 @@ struct AggregateNeighbors {
 };
 Status aggregate_neighbors(const AggregateNeighbors& op, const Launch& launch);
 
-// The candidates of `rows` queries between the calls of the three functions below. Start with counts 0, thresholds +inf.
+// The candidates of `rows` queries between the calls of the functions below. Start with counts 0, thresholds +inf.
 struct TopkBuffers {
   uint64_t* keys;     // (rows, capacity) candidates, in no order
   int32_t* counts;    // (rows,)
@@ -142,6 +142,18 @@ struct TopkBuffers {
   int64_t capacity;   // at least keep + 32
   int64_t keep;       // how many candidates outlive a cut
 };
+
+// A block of stored rows as float32, without what they have in common, and their norms: the second factor of the products.
+struct TopkFilterPrepare {
+  const void* stored;  // (rows, dim) float16
+  int64_t stored_stride;
+  const float* mean;  // (dim,)
+  int64_t rows;
+  int64_t dim;
+  float* centred;  // (rows, dim) out
+  float* norms;    // (rows,) out: ‖x‖² of each centred row
+};
+Status topk_filter_prepare(const TopkFilterPrepare& op, const Launch& launch);
 
 // Pushes every row of a block of stored rows that may be among a query's nearest, by ‖x‖² − 2·q·x. Blocks come in ascending order.
 struct TopkFilterUpdate {

@@ -3,6 +3,7 @@
 // The caller multiplies a block of queries by a block of stored rows (a matrix product, the work proper) and hands over the
 // products. What is to be ranked is ‖x‖² − 2·q·x, which is the squared distance less ‖q‖², the same for all of a query's rows.
 //
+//   topk_filter_prepare  makes float32 of a block of float16 keys, takes their mean off, and gives their norms
 //   topk_filter_update   compares a block of products with each query's threshold, many at a time, and pushes what is below into
 //                        the query's buffer; a full buffer is cut to the `keep` best, whose worst is the new threshold
 //   topk_filter_refine   replaces the rank of the candidates among a block of stored rows by Σ (q − x)², computed without
@@ -114,6 +115,31 @@ inline float squared_distance(const float* q, const float16* x, int64_t d) {
 }
 
 }  // namespace
+
+Status topk_filter_prepare(const TopkFilterPrepare& op, const Launch& launch) {
+  const int threads = threads_for(op.rows * op.dim, launch.threads);
+  parallel(op.rows, larger(1, op.rows / (threads * int64_t{16})), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float16* const stored = static_cast<const float16*>(op.stored) + r * op.stored_stride;
+      float* const centred = op.centred + r * op.dim;
+      VecF sum[2] = {broadcast<VecF>(0.0f), broadcast<VecF>(0.0f)};
+      int64_t i = 0;
+      for (; i + 2 * VecF::width <= op.dim; i += 2 * VecF::width)
+        for (int64_t v = 0; v < 2; ++v) {
+          const VecF x = load(stored + i + v * VecF::width) - load(op.mean + i + v * VecF::width);
+          store(centred + i + v * VecF::width, x);
+          sum[v] = fma(x, x, sum[v]);
+        }
+      float norm = reduce_add(sum[0] + sum[1]);
+      for (; i < op.dim; ++i) {
+        centred[i] = to_float(stored[i]) - op.mean[i];
+        norm += centred[i] * centred[i];
+      }
+      op.norms[r] = norm;
+    }
+  });
+  return {};
+}
 
 Status topk_filter_update(const TopkFilterUpdate& op, const Launch& launch) {
   const TopkBuffers& buffers = op.buffers;

@@ -58,6 +58,9 @@ def aggregate_neighbors(
 # keys, counts, thresholds, capacity, keep
 _TopkBuffers = tuple[int, int, int, int, int]
 
+def topk_filter_prepare(
+    stored: int, stored_stride: int, mean: int, rows: int, dim: int, centred: int, norms: int, threads: int, /
+) -> None: ...
 def topk_filter_update(
     buffers: _TopkBuffers,
     products: int,

@@ -235,13 +235,22 @@ def _filter_blocks(
     """Push the nearest of all stored rows into ``buffers``, by ‖x‖² − 2·q·x of keys and queries without their mean."""
     threads = torch.get_num_threads()
     centred = queries - mean
-    converted = torch.empty(key_block, datastore.dim)
+    converted, norm_buffer = torch.empty(key_block, datastore.dim), torch.empty(key_block)
     products = torch.empty(len(queries), key_block)
     for start in range(0, datastore.num_rows, key_block):
         stop = min(start + key_block, datastore.num_rows)
-        keys = converted[: stop - start]
-        keys.copy_(datastore.keys(start, stop)).sub_(mean)
-        norms = torch.linalg.vector_norm(keys, dim=1).square_()
+        keys, norms = converted[: stop - start], norm_buffer[: stop - start]
+        stored = datastore.keys(start, stop)
+        _C.topk_filter_prepare(
+            stored.data_ptr(),
+            stored.stride(0),
+            mean.data_ptr(),
+            stop - start,
+            datastore.dim,
+            keys.data_ptr(),
+            norms.data_ptr(),
+            threads,
+        )
         _check_finite(norms, "key", start)
         tile = products[:, : stop - start]
         torch.mm(centred, keys.t(), out=tile)
