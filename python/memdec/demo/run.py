@@ -49,7 +49,7 @@ class Speeds:
 def run_demo(
     out: str | Path,
     *,
-    max_tokens: int = 110_000,
+    max_tokens: int = 90_000,
     model: str | None = None,
     text: str | Path | None = None,
     say: Callable[[str], object] = print,
