@@ -196,54 +196,51 @@ def _heading(line: str) -> None:
     typer.secho(line, fg=typer.colors.CYAN, err=True)
 
 
+WIDE_TERMINAL = 120  # columns of text that the whole table of an evaluation needs
+
+
 def print_result(result: EvaluationResult) -> None:
     """The table of an evaluation, for the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from memdec.cli.inspect import human_bytes
 
     settings = result.settings
+    console = Console(highlight=False)
     table = Table(
-        title=f"{result.text['tokens']:,} held-out tokens, {result.text['documents']:,} documents", title_style="bold"
+        title=f"{result.text['tokens']:,} held-out tokens, {result.text['documents']:,} documents",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("")
-    columns = [
-        "perplexity",
-        "vs base",
-        "95% interval",
-        "word ppl",
-        "byte ppl",
-        "parameters",
-        "beside the base",
-        "tokens/s",
-    ]
+    table.add_column("", no_wrap=True)
+    # A narrow terminal gets the columns that matter; rich would squeeze all of them until none could be read.
+    columns = ["perplexity", "vs base", "95% interval", "extra disk", "tokens/s"]
+    if console.width >= WIDE_TERMINAL:
+        columns[3:3] = ["word ppl", "byte ppl", "parameters"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     scored = result.text["scored"]["sliding window"]
     for entry in result.measures:
         per_document = entry.per_document or {}
-        change = "" if entry.method == "base" else f"{entry.relative:+.1%}"
-        interval = "" if entry.interval is None else f"{entry.interval[0]:+.1%} … {entry.interval[1]:+.1%}"
+        cells = {
+            "perplexity": f"{entry.perplexity:.2f}",
+            "vs base": "" if entry.method == "base" else f"{entry.relative:+.1%}",
+            "95% interval": "" if entry.interval is None else f"{entry.interval[0]:+.1%} … {entry.interval[1]:+.1%}",
+            "word ppl": f"{per_document['word_perplexity']:.2f}" if per_document else "–",
+            "byte ppl": f"{per_document['byte_perplexity']:.3f}" if per_document else "–",
+            "parameters": f"{entry.parameters / 1e6:.0f}M" if entry.parameters >= 1e6 else f"{entry.parameters:,}",
+            "extra disk": human_bytes(entry.extra_bytes) if entry.extra_bytes else "–",
+            "tokens/s": f"{scored / entry.seconds:,.0f}" if entry.seconds > 0 else "–",
+        }
         best = entry.perplexity == min(other.perplexity for other in result.measures)
-        table.add_row(
-            entry.label,
-            f"{entry.perplexity:.2f}",
-            change,
-            interval,
-            f"{per_document['word_perplexity']:.2f}" if per_document else "–",
-            f"{per_document['byte_perplexity']:.3f}" if per_document else "–",
-            f"{entry.parameters / 1e6:.0f}M" if entry.parameters >= 1e6 else f"{entry.parameters:,}",
-            human_bytes(entry.extra_bytes) if entry.extra_bytes else "–",
-            f"{scored / entry.seconds:,.0f}" if entry.seconds > 0 else "–",
-            style="bold" if best else None,
-        )
-    console = Console(highlight=False)
+        table.add_row(entry.label, *(cells[column] for column in columns), style="bold" if best else None)
     console.print(table)
-    lines = [
-        f"perplexity: sliding window {settings['context']}/{settings['stride']}; word and byte: per document, as "
-        "lm-evaluation-harness counts."
-    ]
+    lines = [f"perplexity: sliding window {settings['context']}/{settings['stride']}."]
+    if console.width >= WIDE_TERMINAL:
+        lines.append("word and byte: per document, as lm-evaluation-harness counts.")
     if settings["alpha"] is not None:
         lines.append(f"alpha = {settings['alpha']:g} ({settings['alpha_source']}).")
     if settings["knn"]:
