@@ -69,9 +69,7 @@ class Datastore:
             MemdecError: no datastore there, of another version, not finished, or a file missing or truncated.
         """
         folder = Path(folder)
-        manifest = Manifest.load(folder, format=FORMAT, version=VERSION)
-        manifest.check_complete(folder)
-        manifest.check_sizes(folder)
+        manifest = Manifest.load_whole(folder, format=FORMAT, version=VERSION)
         return cls(folder, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:

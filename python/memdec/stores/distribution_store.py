@@ -65,9 +65,7 @@ class DistributionStore:
             MemdecError: none there, of another version, not finished, or a file missing or truncated.
         """
         folder = Path(folder)
-        manifest = Manifest.load(folder, format=FORMAT, version=VERSION)
-        manifest.check_complete(folder)
-        manifest.check_sizes(folder)
+        manifest = Manifest.load_whole(folder, format=FORMAT, version=VERSION)
         if manifest.fields.get("codec") not in CODECS:
             raise MemdecError(f"{folder} has the unknown codec {manifest.fields.get('codec')!r}. {REMEDY}")
         return cls(folder, manifest)

@@ -166,6 +166,18 @@ class Manifest:
                 if path.name not in listed:
                     path.unlink()
 
+    @classmethod
+    def load_whole(cls, folder: str | Path, *, format: str, version: int) -> Manifest:
+        """Read the manifest of an artefact that is to be read: finished, and every shard there in its size.
+
+        Raises:
+            MemdecError: as ``load``, ``check_complete`` and ``check_sizes``.
+        """
+        manifest = cls.load(folder, format=format, version=version)
+        manifest.check_complete(folder)
+        manifest.check_sizes(folder)
+        return manifest
+
     def check_complete(self, folder: str | Path) -> None:
         """Raise ``MemdecError`` if the artefact was not finished."""
         if not self.complete:
