@@ -36,57 +36,90 @@ struct Candidates {
   }
 };
 
-// What is pushed between two looks at the room that is left.
+// What may be pushed between two looks at the room that is left.
 constexpr int64_t stride = 16;
+
+#if defined(MEMDEC_LEVEL_IS_avx512)
+// Pushes what is below the threshold of 16 columns. No branch on "none is": two strides in three hold one, which no predictor can
+// follow. May write 16 keys beyond the last.
+inline void push_stride(const float* products, const float* norms, uint32_t first_id, float bound, Candidates& row) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512 distance = _mm512_fmadd_ps(_mm512_set1_ps(-2.0f), _mm512_loadu_ps(products), _mm512_loadu_ps(norms));
+  const __mmask16 below = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(bound), _CMP_LT_OQ);
+  const __m512i bits = _mm512_castps_si512(distance);
+  const __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(static_cast<int>(0x80000000u)));
+  const __m512i ranks = _mm512_maskz_compress_epi32(below, _mm512_xor_si512(bits, flip));
+  const __m512i ids = _mm512_maskz_compress_epi32(below, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first_id))));
+  const auto keys = [](__m256i rank, __m256i id) {
+    return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(rank), 32), _mm512_cvtepu32_epi64(id));
+  };
+  uint64_t* const to = row.keys + row.count;
+  _mm512_storeu_si512(to, keys(_mm512_castsi512_si256(ranks), _mm512_castsi512_si256(ids)));
+  const int pushed = __builtin_popcount(below);
+  if (pushed > 8) _mm512_storeu_si512(to + 8, keys(_mm512_extracti64x4_epi64(ranks, 1), _mm512_extracti64x4_epi64(ids, 1)));
+  row.count += pushed;
+}
+#elif defined(MEMDEC_LEVEL_IS_avx2)
+// For each set of lanes their numbers, ascending, a byte each: how to move them to the front.
+struct FrontLanes {
+  uint64_t of[256];
+  constexpr FrontLanes() : of() {
+    for (unsigned set = 0; set < 256; ++set)
+      for (unsigned lane = 0, to = 0; lane < 8; ++lane)
+        if (set >> lane & 1) of[set] |= static_cast<uint64_t>(lane) << 8 * to++;
+  }
+};
+constexpr FrontLanes front_lanes;
+
+// Pushes what is below the threshold of 16 columns, with as few branches as the AVX-512 twin.
+inline void push_stride(const float* products, const float* norms, uint32_t first_id, float bound, Candidates& row) {
+  for (int half = 0; half < 16; half += 8) {
+    const __m256 distance =
+        _mm256_fmadd_ps(_mm256_set1_ps(-2.0f), _mm256_loadu_ps(products + half), _mm256_loadu_ps(norms + half));
+    const unsigned below = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(distance, _mm256_set1_ps(bound), _CMP_LT_OQ)));
+    const __m256i bits = _mm256_castps_si256(distance);
+    const __m256i flip = _mm256_or_si256(_mm256_srai_epi32(bits, 31), _mm256_set1_epi32(static_cast<int>(0x80000000u)));
+    const __m256i front = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(front_lanes.of + below)));
+    const __m256i ranks = _mm256_permutevar8x32_epi32(_mm256_xor_si256(bits, flip), front);
+    const __m256i ids = _mm256_add_epi32(front, _mm256_set1_epi32(static_cast<int>(first_id) + half));
+    // The unpackings interleave within 128 bits: first the keys 0, 1, 4, 5, then 2, 3, 6, 7.
+    const __m256i even = _mm256_unpacklo_epi32(ids, ranks);
+    const __m256i odd = _mm256_unpackhi_epi32(ids, ranks);
+    __m256i* const to = reinterpret_cast<__m256i*>(row.keys + row.count);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(even, odd, 0x20));
+    const int pushed = __builtin_popcount(below);
+    if (pushed > 4) _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+    row.count += pushed;
+  }
+}
+#else
+inline void push_stride(const float* products, const float* norms, uint32_t first_id, float bound, Candidates& row) {
+  int found = 0;  // most strides hold nothing: this is what the compiler can vectorise
+  for (int i = 0; i < stride; ++i) found |= norms[i] - 2.0f * products[i] < bound;
+  if (!found) return;
+  for (uint32_t i = 0; i < stride; ++i) {
+    const float distance = norms[i] - 2.0f * products[i];
+    if (distance < bound) row.keys[row.count++] = key_of(rank_of(distance), first_id + i);
+  }
+}
+#endif
 
 // Pushes what is below the threshold of columns [begin, end).
 inline void filter_columns(const float* products, const float* norms, int64_t begin, int64_t end, uint32_t first_id,
                            Candidates& row, uint64_t* scratch) {
-  int64_t j = begin;
-#if defined(MEMDEC_LEVEL_IS_avx512)
-  const __m512 minus_two = _mm512_set1_ps(-2.0f);
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512 threshold = _mm512_set1_ps(row.threshold);
-  for (; j + stride <= end; j += stride) {
-    const __m512 distance = _mm512_fmadd_ps(minus_two, _mm512_loadu_ps(products + j), _mm512_loadu_ps(norms + j));
-    const __mmask16 below = _mm512_cmp_ps_mask(distance, threshold, _CMP_LT_OQ);
-    if (below == 0) continue;
-    if (row.count + stride > row.capacity) {
-      row.cut(scratch);
-      threshold = _mm512_set1_ps(row.threshold);
-    }
-    const __m512i bits = _mm512_castps_si512(distance);
-    const __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(static_cast<int>(0x80000000u)));
-    const __m512i ranks = _mm512_maskz_compress_epi32(below, _mm512_xor_si512(bits, flip));
-    const __m512i ids = _mm512_maskz_compress_epi32(
-        below, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first_id + static_cast<uint32_t>(j)))));
-    const auto keys = [](__m256i rank, __m256i id) {
-      return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(rank), 32), _mm512_cvtepu32_epi64(id));
-    };
-    uint64_t* const to = row.keys + row.count;
-    _mm512_storeu_si512(to, keys(_mm512_castsi512_si256(ranks), _mm512_castsi512_si256(ids)));
-    const int pushed = __builtin_popcount(below);
-    if (pushed > 8) _mm512_storeu_si512(to + 8, keys(_mm512_extracti64x4_epi64(ranks, 1), _mm512_extracti64x4_epi64(ids, 1)));
-    row.count += pushed;
-  }
-#endif
-  while (j < end) {
-    const int64_t stop = smaller(end, j + stride);
-#if !defined(MEMDEC_LEVEL_IS_avx512)
-    // Most strides hold nothing: looking at sixteen at once is what the compiler can vectorise.
-    if (stop - j == stride) {
-      int found = 0;
-      for (int i = 0; i < stride; ++i) found |= norms[j + i] - 2.0f * products[j + i] < row.threshold;
-      if (!found) {
-        j = stop;
-        continue;
-      }
-    }
-#endif
+  for (int64_t j = begin; j < end; j += stride) {
     if (row.count + stride > row.capacity) row.cut(scratch);
-    for (; j < stop; ++j) {
-      const float distance = norms[j] - 2.0f * products[j];
-      if (distance < row.threshold) row.keys[row.count++] = key_of(rank_of(distance), first_id + static_cast<uint32_t>(j));
+    const uint32_t id = first_id + static_cast<uint32_t>(j);
+    if (end - j >= stride) {
+      push_stride(products + j, norms + j, id, row.threshold, row);
+    } else {  // beyond the end every distance is +inf, which is below no threshold
+      float last_products[stride] = {}, last_norms[stride];
+      for (int64_t i = 0; i < stride; ++i) last_norms[i] = INFINITY;
+      for (int64_t i = j; i < end; ++i) {
+        last_products[i - j] = products[i];
+        last_norms[i - j] = norms[i];
+      }
+      push_stride(last_products, last_norms, id, row.threshold, row);
     }
   }
 }
