@@ -1,8 +1,8 @@
 # Which SIMD levels this compiler and architecture can build, and with which flags. The level that runs is chosen by CPUID.
 set(MEMDEC_SIMD_LEVELS portable)
 set(MEMDEC_SIMD_FLAGS_portable "")
-set(MEMDEC_SIMD_FLAGS_avx2 -mavx2 -mfma -mf16c)
-set(MEMDEC_SIMD_FLAGS_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
+set(MEMDEC_SIMD_FLAGS_avx2 -mavx2 -mbmi -mbmi2 -mfma -mf16c)
+set(MEMDEC_SIMD_FLAGS_avx512 -mavx2 -mbmi -mbmi2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   include(CheckCXXCompilerFlag)

@@ -3,15 +3,19 @@
 // A row, all of it in the first-level cache:
 //   1. the least distance, and whether anything is absent, out of range or not a number
 //   2. weights exp((least − d)/T): the largest is 1, so that their sum neither overflows nor vanishes
-//   3. (token, place) packed into one integer and sorted by token; the sort is stable, so a token's weights are
-//      added in the order of its neighbours, in float64
-//   4. runs of equal tokens summed; divided by the total; cut by min_prob and by max_tokens
+//   3. the weights of each token summed, in the order of its neighbours, in float64, and the tokens put in order: either
+//      a. a table with a sum for every token of the vocabulary, and a bit that says which were touched: little work, but the table
+//         must be worth its making, and fit the second-level cache; or
+//      b. (token, place) packed into one integer and sorted by token, stably, and runs of equal tokens summed
+//      which give the same bits
+//   4. divided by the total; cut by min_prob and by max_tokens
 // Rows are done in chunks. A chunk that is done waits for the one before it to say where it ends, and is copied behind it: the
 // outputs are written once, without gaps, and no second pass over them is needed.
 //
 // Traffic: distances and token ids are read once, outputs written once.
 #include <type_traits>
 
+#include "cpu/pages.h"
 #include "cpu/rows.h"
 #include "cpu/select.h"
 
@@ -21,12 +25,22 @@ namespace {
 
 constexpr int64_t chunk_rows = 16;
 
+// For every token of the vocabulary what a row has of it; zeros between rows.
+struct Table {
+  double* sums;        // (V)
+  uint64_t* occurring;  // (V / 64) a bit a token
+};
+
+// The words of Table::occurring, a whole number of 64.
+inline int64_t words_of(int64_t vocab_size) { return (vocab_size + 64 * 64 - 1) / (64 * 64) * 64; }
+
 // What one row needs while it is worked on. E packs a token above a place: 32 bits where both fit, else 64.
 template <class A, class E>
 struct Workspace {
   A* weight;         // (k + vector) by place
   E* keys;           // (k)
   E* sorted;         // (k)
+  Table table;       // its sums null: rows are sorted
   double* sum;       // (k) by distinct token
   uint64_t* ranked;  // (k + slack), for max_tokens
   uint64_t* spare;   // (k + slack)
@@ -139,7 +153,45 @@ inline double unless(bool drop, double x) {
 #endif
 }
 
-// 4. The sum of the weights of each run of one token, and the token; returns how many runs. No branch on "another token": it
+// 3a. The sum of the weights of each token, and the token; returns how many tokens there are. The table is zeros before and
+// after. token_of(i) is the token of neighbour i. May write 4 tokens beyond the last.
+template <class A, class F>
+__attribute__((noinline)) int64_t sum_in_table(const F& token_of, const A* weight, int64_t n, int64_t vocab_size, const Table& table,
+                                               double* sum, int32_t* tokens) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t token = token_of(i);
+    table.sums[token] += static_cast<double>(weight[i]);
+    table.occurring[token / 64] |= uint64_t{1} << token % 64;
+  }
+  int64_t distinct = 0;
+  for (int64_t first = 0; first < words_of(vocab_size); first += 64)
+    for (uint64_t some = nonzero_words(table.occurring + first); some != 0; some &= some - 1) {
+      const uint64_t word = static_cast<uint64_t>(first) + lowest_bit(some);
+      const uint64_t base = 64 * word;
+      uint64_t set = table.occurring[word];
+      table.occurring[word] = 0;
+      int32_t* to = tokens + distinct;
+      distinct += __builtin_popcountll(set);
+      do {  // four at a time whether there are so many or not: how many there are nobody can predict
+        uint64_t pair[2];
+        for (uint64_t& two : pair) {
+          const uint64_t low = lowest_bit(set);
+          set &= set - 1;
+          two = (base << 32 | base) + (lowest_bit(set) << 32 | low);
+          set &= set - 1;
+        }
+        __builtin_memcpy(to, pair, sizeof(pair));
+        to += 4;
+      } while (set != 0);
+    }
+  for (int64_t i = 0; i < distinct; ++i) {
+    sum[i] = table.sums[tokens[i]];
+    table.sums[tokens[i]] = 0;
+  }
+  return distinct;
+}
+
+// 3b. The sum of the weights of each run of one token, and the token; returns how many runs. No branch on "another token": it
 // would be mispredicted at every other neighbour. A sum waits for the one before it, so two stretches that meet where a run ends
 // are gone through side by side. A function of its own, because its loop needs every register.
 template <class A, class E>
@@ -212,7 +264,7 @@ struct Kernel {
     int64_t present = 0;
     if (plain) {
       present = k;
-      for (int64_t i = 0; i < k; ++i) work.keys[i] = static_cast<E>(static_cast<E>(ids[i]) << packing.place_bits | static_cast<E>(i));
+      for (int64_t i = 0; !work.table.sums && i < k; ++i) work.keys[i] = static_cast<E>(static_cast<E>(ids[i]) << packing.place_bits | static_cast<E>(i));
       weigh(distances, k, least, scale, work.weight);
     } else {
       least = static_cast<A>(INFINITY);
@@ -236,9 +288,17 @@ struct Kernel {
       weigh(work.weight, present, least, scale, work.weight);
     }
     if (present == 0) return 0;
-    const E* const sorted = sort_by_token(work.keys, work.sorted, present, packing);
-
-    const int64_t distinct = sum_runs(sorted, work.weight, present, packing.place_bits, work.sum, tokens);
+    int64_t distinct;
+    if (work.table.sums) {
+      const auto with = [&](const auto& token_of) {
+        return sum_in_table(token_of, work.weight, present, op.vocab_size, work.table, work.sum, tokens);
+      };
+      distinct = plain ? with([&](int64_t i) { return static_cast<uint32_t>(ids[i]); })
+                       : with([&](int64_t i) { return static_cast<uint32_t>(work.keys[i] >> packing.place_bits); });
+    } else {
+      const E* const sorted = sort_by_token(work.keys, work.sorted, present, packing);
+      distinct = sum_runs(sorted, work.weight, present, packing.place_bits, work.sum, tokens);
+    }
     double part[8] = {};
     int64_t i = 0;
     for (; i + 8 <= distinct; i += 8)
@@ -308,6 +368,16 @@ inline P* take(char*& block, int64_t count) {
   return result;
 }
 
+// Whether a thread that has `neighbours` to add up should do so in a table of the whole vocabulary: where that pays for
+// clearing it once, and it stays in the cache. With AVX-512 a row is sorted as fast.
+inline bool table_is_worth_it([[maybe_unused]] int64_t neighbours, [[maybe_unused]] int64_t vocab_size) {
+#if defined(MEMDEC_LEVEL_IS_avx512)
+  return false;
+#else
+  return vocab_size <= 1 << 19 && neighbours >= 2 * vocab_size;
+#endif
+}
+
 template <class T, class I, class E>
 inline Status aggregate(const AggregateNeighbors& op, const Packing& packing, int most_threads) {
   using K = Kernel<T, I, E>;
@@ -323,8 +393,13 @@ inline Status aggregate(const AggregateNeighbors& op, const Packing& packing, in
   // A chunk's rows are worked on in its own output, so the last of them may need room for k.
   const int64_t room = k + 32;  // a few vectors may be written in full
   const int64_t chunk_room = (chunk_rows - 1) * most + room;
+  const bool with_table = table_is_worth_it(rows * k / threads, op.vocab_size);
+  const int64_t words = with_table ? words_of(op.vocab_size) : 0;
   const int64_t bytes = room * static_cast<int64_t>(sizeof(A) + 2 * sizeof(E) + sizeof(double) + 2 * sizeof(uint64_t)) +
-                        chunk_room * static_cast<int64_t>(sizeof(int32_t) + sizeof(float)) + 8 * 64;
+                        chunk_room * static_cast<int64_t>(sizeof(int32_t) + sizeof(float)) +
+                        words * static_cast<int64_t>(64 * sizeof(double) + sizeof(uint64_t)) + 10 * 64;
+  prefer_large_pages(op.out_ids, static_cast<int64_t>(sizeof(int32_t)) * rows * most);
+  prefer_large_pages(op.out_probs, static_cast<int64_t>(sizeof(float)) * rows * most);
   const Scratch<char> memory(bytes * threads + 64);
   const Scratch<int64_t> ends(chunks + 1);  // where each chunk's pairs begin; −1 until that is known
   ends[0] = 0;
@@ -336,7 +411,7 @@ inline Status aggregate(const AggregateNeighbors& op, const Packing& packing, in
   parallel(threads, 1, threads, [&](int64_t slot, int64_t) {
     char* block = memory.data + slot * bytes;
     block += 64 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(block) % 64);
-    Workspace<A, E> work;
+    Workspace<A, E> work{};
     work.weight = take<A>(block, room);
     work.keys = take<E>(block, room);
     work.sorted = take<E>(block, room);
@@ -345,6 +420,11 @@ inline Status aggregate(const AggregateNeighbors& op, const Packing& packing, in
     work.spare = take<uint64_t>(block, room);
     work.tokens = take<int32_t>(block, chunk_room);
     work.probs = take<float>(block, chunk_room);
+    if (with_table) {
+      work.table = {take<double>(block, 64 * words), take<uint64_t>(block, words)};
+      __builtin_memset(work.table.sums, 0, sizeof(double) * static_cast<size_t>(64 * words));
+      __builtin_memset(work.table.occurring, 0, sizeof(uint64_t) * static_cast<size_t>(words));
+    }
     for (;;) {
       const int64_t chunk = __atomic_fetch_add(&next_chunk, 1, __ATOMIC_RELAXED);
       if (chunk >= chunks) return;
@@ -362,12 +442,13 @@ inline Status aggregate(const AggregateNeighbors& op, const Packing& packing, in
       for (int waited = 0; (begin = __atomic_load_n(&ends[chunk], __ATOMIC_ACQUIRE)) < 0; ++waited)
         if (waited > 1000) yield_thread();
       __atomic_store_n(&ends[chunk + 1], begin + pairs, __ATOMIC_RELEASE);
-      __builtin_memcpy(op.out_ids + begin, work.tokens, sizeof(int32_t) * static_cast<size_t>(pairs));
-      __builtin_memcpy(op.out_probs + begin, work.probs, sizeof(float) * static_cast<size_t>(pairs));
+      stream(op.out_ids + begin, work.tokens, static_cast<int64_t>(sizeof(int32_t)) * pairs);
+      stream(op.out_probs + begin, work.probs, static_cast<int64_t>(sizeof(float)) * pairs);
       for (int64_t r = first; r < last; ++r) {
         op.out_indptr[r] = begin;
         begin += lengths[r - first];
       }
+      streamed();
     }
   });
   op.out_indptr[rows] = ends[chunks];

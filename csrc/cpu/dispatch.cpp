@@ -16,7 +16,8 @@ bool machine_has(Level level) {
   switch (level) {
     case Level::portable: return true;
 #if MEMDEC_HAS_avx2
-    case Level::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Level::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
 #if MEMDEC_HAS_avx512
     case Level::avx512:

@@ -14,6 +14,10 @@
 //   reduce_add(v), reduce_max(v) lanes in a fixed tree; reduce_max(v) wants no NaN
 //   exp(v)                       float32: 1.1 ulp; 0 below −87.33 and for −inf; NaN for NaN; arguments at most 88
 //   log(v)                       float32: 0.9 ulp; −inf for 0, +inf for +inf, NaN below 0 and for NaN
+//   nonzero_words(p)             of 64 words of 64 bits, which are not 0: a bit each
+//   lowest_bit(x)                the number of zeros below the lowest bit set, 64 where none is
+//   stream(to, from, n)          copies n bytes past the caches: to memory that nobody reads soon, and that is not fetched first
+//   streamed()                   after the last of them, before another thread may look
 #pragma once
 
 #include "core/number.h"
@@ -377,6 +381,51 @@ inline VecF log(VecF x) {
   y = select(less(x, constant(0.0f)), constant(NAN), y);
   return select(equal(x, x), y, invalid);
 }
+
+inline uint64_t lowest_bit(uint64_t x) {
+#if defined(MEMDEC_LEVEL_IS_avx512) || defined(MEMDEC_LEVEL_IS_avx2)
+  return _tzcnt_u64(x);
+#else
+  return x ? static_cast<uint64_t>(__builtin_ctzll(x)) : 64;
+#endif
+}
+
+inline uint64_t nonzero_words(const uint64_t* words) {
+  uint64_t bits = 0;
+#if defined(MEMDEC_LEVEL_IS_avx512)
+  for (int w = 0; w < 64; w += 8) {
+    const __m512i some = _mm512_loadu_si512(words + w);
+    bits |= static_cast<uint64_t>(_mm512_test_epi64_mask(some, some)) << w;
+  }
+#elif defined(MEMDEC_LEVEL_IS_avx2)
+  for (int w = 0; w < 64; w += 4) {
+    const __m256i zero = _mm256_cmpeq_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + w)), _mm256_setzero_si256());
+    bits |= static_cast<uint64_t>(_mm256_movemask_pd(_mm256_castsi256_pd(zero)) ^ 15) << w;
+  }
+#else
+  for (int w = 0; w < 64; ++w) bits |= static_cast<uint64_t>(words[w] != 0) << w;
+#endif
+  return bits;
+}
+
+#if defined(MEMDEC_LEVEL_IS_avx512) || defined(MEMDEC_LEVEL_IS_avx2)
+inline void stream(void* to, const void* from, int64_t bytes) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  const int64_t unaligned = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) % 64);
+  const int64_t head = unaligned < bytes ? unaligned : bytes;
+  __builtin_memcpy(out, in, static_cast<size_t>(head));
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64)
+    for (int64_t half = 0; half < 64; half += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i + half), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i + half)));
+  __builtin_memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
+}
+inline void streamed() { _mm_sfence(); }
+#else
+inline void stream(void* to, const void* from, int64_t bytes) { __builtin_memcpy(to, from, static_cast<size_t>(bytes)); }
+inline void streamed() {}
+#endif
 
 template <class T>
 struct vec_of {

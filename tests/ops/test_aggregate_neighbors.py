@@ -222,6 +222,27 @@ def test_does_not_depend_on_threads_or_on_the_order_of_neighbours(simd):
     torch.testing.assert_close(shuffled.probs, results[0].probs, rtol=1.2e-7, atol=0)
 
 
+@pytest.mark.parametrize("vocab", [1, 64, 65, 4095, 4097, 10000])
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(simd, vocab):
+    """Alone a row is sorted; in a batch large enough its weights are summed in a table of the vocabulary.
+
+    The table's words of 64 tokens and groups of 4096 have edges at these sizes. Some neighbours are absent.
+    """
+    generator = torch.Generator().manual_seed(vocab)
+    rows, k = 2 * vocab // 50 + 300, 50
+    distances = torch.rand(rows, k, generator=generator) * 50
+    distances[::3, ::7] = math.inf
+    tokens = torch.randint(vocab, (rows, k), generator=generator)
+    tokens[1::3, 5] = vocab - 1
+    tokens[1::3, 6::11] = -1
+    options = {"temperature": 4.0, "vocab_size": vocab}
+    batch = ops.aggregate_neighbors(distances, tokens, **options).validate()
+    for row in range(0, rows, 13):
+        alone = ops.aggregate_neighbors(distances[row : row + 1], tokens[row : row + 1], **options)
+        for one, two in zip(pieces(alone), pieces(batch.select(torch.tensor([row]))), strict=True):
+            assert torch.equal(one, two)
+
+
 def test_levels_agree():
     generator = torch.Generator().manual_seed(3)
     distances = torch.rand(200, 300, generator=generator) * 50
