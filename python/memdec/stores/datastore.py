@@ -13,11 +13,8 @@ value = tokens[row + 1]. T tokens make T − 1 rows.
 
 from __future__ import annotations
 
-import itertools
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,9 +22,9 @@ import torch
 from torch import Tensor
 
 from memdec.errors import MemdecError
-from memdec.stores.atomic import folder_lock
 from memdec.stores.manifest import REMEDY, Manifest
-from memdec.stores.tensors import Array, map_tensors, write_tensors
+from memdec.stores.shards import RowShards, ShardWriter
+from memdec.stores.tensors import Array, map_tensors
 
 FORMAT = "memdec.datastore"
 VERSION = 1
@@ -57,8 +54,7 @@ class Datastore:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._shards = [shard for shard in manifest.shards if shard.name.startswith("shard-")]
-        self._first_row = np.concatenate([[0], np.cumsum([shard.rows for shard in self._shards], dtype=np.int64)])
+        self._rows = RowShards(manifest)
         self._arrays: dict[int, dict[str, Array]] = {}
 
     @classmethod
@@ -78,7 +74,7 @@ class Datastore:
     @property
     def num_rows(self) -> int:
         """Rows: the tokens of the training text less one."""
-        return int(self._first_row[-1])
+        return self._rows.num_rows
 
     @property
     def dim(self) -> int:
@@ -142,8 +138,7 @@ class Datastore:
     @property
     def shard_bounds(self) -> list[tuple[int, int]]:
         """Rows [start, stop) of each shard: ``keys`` of such a range, or of a part of it, are a view of the file."""
-        bounds: list[int] = self._first_row.tolist()
-        return list(itertools.pairwise(bounds))
+        return self._rows.bounds
 
     @property
     def validation(self) -> ValidationRows | None:
@@ -161,10 +156,11 @@ class Datastore:
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         self._check_range(start, stop)
-        first = max(0, int(np.searchsorted(self._first_row, start, side="right")) - 1)
+        first_row = self._rows.first_row
+        first = max(0, int(np.searchsorted(first_row, start, side="right")) - 1)
         parts = []
-        for index in range(first, len(self._shards)):
-            offset = int(self._first_row[index])
+        for index in range(first, len(self._rows.shards)):
+            offset = int(first_row[index])
             if offset >= stop:
                 break
             parts.append(self._shard(index)[name][max(0, start - offset) : stop - offset])
@@ -178,7 +174,7 @@ class Datastore:
 
     def _shard(self, index: int) -> dict[str, Array]:
         if index not in self._arrays:
-            shard = self._shards[index]
+            shard = self._rows.shards[index]
             arrays = map_tensors(self.folder / shard.name)
             if arrays["keys"].shape != (shard.rows, self.dim) or arrays["values"].shape != (shard.rows,):
                 raise MemdecError(
@@ -188,7 +184,7 @@ class Datastore:
         return self._arrays[index]
 
 
-class DatastoreWriter:
+class DatastoreWriter(ShardWriter):
     """Writes a datastore shard by shard, under the folder's lock, and takes up one that a killed run has left.
 
     Args:
@@ -210,52 +206,17 @@ class DatastoreWriter:
     def __init__(
         self, folder: str | Path, *, num_rows: int, dim: int, document_starts: Tensor, fields: dict[str, Any]
     ) -> None:
-        self.folder = Path(folder)
-        self.num_rows = num_rows
         self.dim = dim
-        self._stack = ExitStack()
-        self._stack.enter_context(folder_lock(self.folder))
-        try:
-            fields = {**fields, "num_rows": num_rows, "dim": dim}
-            self.manifest = Manifest.start(self.folder, format=FORMAT, version=VERSION, fields=fields)
-            if not self.complete:
-                self.manifest.check_sizes(self.folder)
-                self.manifest.discard_unlisted(self.folder)
-                if not self._has("documents.safetensors"):
-                    arrays = {"document_starts": document_starts.numpy()}
-                    written = write_tensors(self.folder / "documents.safetensors", arrays)
-                    self.manifest.add(self.folder, "documents.safetensors", written)
-        except BaseException:
-            self._stack.close()
-            raise
+        self._document_starts = document_starts
+        super().__init__(folder, num_rows=num_rows, format=FORMAT, version=VERSION, fields={**fields, "dim": dim})
 
-    def __enter__(self) -> DatastoreWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the folder's lock."""
-        self._stack.close()
-
-    def _has(self, name: str) -> bool:
-        return any(shard.name == name for shard in self.manifest.shards)
-
-    @property
-    def complete(self) -> bool:
-        return self.manifest.complete
-
-    @property
-    def rows_done(self) -> int:
-        """Rows that stand on the disk; the next ``append`` begins at this one."""
-        return self.manifest.rows
+    def begin(self) -> None:
+        if not self.has("documents.safetensors"):
+            self.add_file("documents.safetensors", {"document_starts": self._document_starts.numpy()})
 
     @property
     def validation_done(self) -> bool:
-        return self._has("validation.safetensors")
+        return self.has("validation.safetensors")
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Write the next shard: ``keys`` (n, dim) of any float type, ``values`` int32 (n,).
@@ -270,10 +231,7 @@ class DatastoreWriter:
         if self.rows_done + len(keys) > self.num_rows:
             raise ValueError(f"{self.rows_done} + {len(keys)} rows are more than the {self.num_rows} announced")
         half = to_float16(keys, first_row=self.rows_done)
-        number = sum(shard.name.startswith("shard-") for shard in self.manifest.shards)
-        name = f"shard-{number:05d}.safetensors"
-        arrays: dict[str, Array] = {"keys": half.numpy(), "values": values.to(torch.int32).numpy()}
-        self.manifest.add(self.folder, name, write_tensors(self.folder / name, arrays), rows=len(keys))
+        self.add_shard({"keys": half.numpy(), "values": values.to(torch.int32).numpy()}, rows=len(keys))
 
     def write_validation(self, validation: ValidationRows) -> None:
         """Write the validation rows, all at once."""
@@ -283,16 +241,11 @@ class DatastoreWriter:
             "base_log_prob": validation.base_log_prob.to(torch.float32).numpy(),
             "rows": validation.rows.to(torch.int64).numpy(),
         }
-        name = "validation.safetensors"
-        self.manifest.add(self.folder, name, write_tensors(self.folder / name, arrays))
+        self.add_file("validation.safetensors", arrays)
 
     def finish(self, results: dict[str, Any] | None = None) -> Datastore:
         """Mark the datastore complete, with ``results`` added to the manifest's, and open it."""
-        if self.rows_done != self.num_rows:
-            raise ValueError(f"{self.rows_done} rows were written instead of {self.num_rows}")
-        if not self.complete:
-            self.manifest.results.update(results or {})
-            self.manifest.finish(self.folder)
+        self.mark_complete(results)
         return Datastore.open(self.folder)
 
 

@@ -20,9 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,9 +29,9 @@ from torch import Tensor
 
 from memdec.distributions import SparseDistributions
 from memdec.errors import MemdecError
-from memdec.stores.atomic import folder_lock
 from memdec.stores.manifest import REMEDY, Manifest
-from memdec.stores.tensors import Array, map_tensors, write_tensors
+from memdec.stores.shards import RowShards, ShardWriter
+from memdec.stores.tensors import Array, map_tensors
 
 FORMAT = "memdec.distributions"
 VERSION = 1
@@ -52,8 +50,7 @@ class DistributionStore:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._shards = [shard for shard in manifest.shards if shard.name.startswith("shard-")]
-        self._first_row = np.concatenate([[0], np.cumsum([shard.rows for shard in self._shards], dtype=np.int64)])
+        self._rows = RowShards(manifest)
         # A shard's row pointers are the running sum of its lengths: 8 bytes a row, kept for the shards in use only.
         self._open_shard: Callable[[int], dict[str, Array]] = functools.lru_cache(_CACHED_SHARDS)(self._map_shard)
 
@@ -75,7 +72,7 @@ class DistributionStore:
 
     @property
     def num_rows(self) -> int:
-        return int(self._first_row[-1])
+        return self._rows.num_rows
 
     @property
     def vocab_size(self) -> int:
@@ -111,7 +108,7 @@ class DistributionStore:
         return self._read(list(zip(starts.tolist(), stops.tolist(), strict=True)))
 
     def _map_shard(self, index: int) -> dict[str, Array]:
-        shard = self._shards[index]
+        shard = self._rows.shards[index]
         arrays = map_tensors(self.folder / shard.name)
         wanted = {"lengths", "residual", "token_ids", "codes" if self.codec == "log8" else "probs"}
         if self.vocab_size > 65536:
@@ -138,9 +135,9 @@ class DistributionStore:
         wide = self.vocab_size > 65536
         coded = self.codec == "log8"
         for start, stop in runs:
-            index = int(np.searchsorted(self._first_row, start, side="right")) - 1
+            index = int(np.searchsorted(self._rows.first_row, start, side="right")) - 1
             while start < stop:
-                offset, end = int(self._first_row[index]), min(stop, int(self._first_row[index + 1]))
+                offset, end = int(self._rows.first_row[index]), min(stop, int(self._rows.first_row[index + 1]))
                 arrays = self._open_shard(index)
                 rows = slice(start - offset, end - offset)
                 pairs = slice(arrays["indptr"][rows.start], arrays["indptr"][rows.stop])
@@ -158,16 +155,16 @@ class DistributionStore:
         """Rows from all over the store, a shard at a time: each pair is copied from its place to its place."""
         wide = self.vocab_size > 65536
         codes = "codes" if self.codec == "log8" else "probs"
-        shard_of = np.searchsorted(self._first_row, ids, side="right") - 1
+        shard_of = np.searchsorted(self._rows.first_row, ids, side="right") - 1
         groups = [(int(index), np.flatnonzero(shard_of == index)) for index in np.unique(shard_of)]
         lengths, residual = np.zeros(ids.size, np.int64), np.zeros(ids.size, np.float32)
         for index, places in groups:
-            arrays, local = self._open_shard(index), ids[places] - self._first_row[index]
+            arrays, local = self._open_shard(index), ids[places] - self._rows.first_row[index]
             lengths[places], residual[places] = arrays["lengths"][local], arrays["residual"][local]
         starts = np.cumsum(lengths) - lengths
         packed: dict[str, Array] = {"lengths": lengths, "residual": residual}
         for index, places in groups:
-            arrays, local, count = self._open_shard(index), ids[places] - self._first_row[index], lengths[places]
+            arrays, local, count = self._open_shard(index), ids[places] - self._rows.first_row[index], lengths[places]
             within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
             source = np.repeat(arrays["indptr"][local], count) + within
             target = np.repeat(starts[places], count) + within
@@ -257,7 +254,7 @@ def encode(teacher: SparseDistributions, codec: str) -> dict[str, Array]:
     return arrays
 
 
-class DistributionWriter:
+class DistributionWriter(ShardWriter):
     """Writes teacher distributions in row order, under the folder's lock, and takes up what a killed run has left.
 
     Args:
@@ -291,51 +288,15 @@ class DistributionWriter:
             raise MemdecError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
         if not 1 <= vocab_size <= 1 << 24:
             raise ValueError(f"vocab_size must be from 1 to 2**24, got {vocab_size}")
-        self.folder = Path(folder)
-        self.num_rows = num_rows
         self.vocab_size = vocab_size
         self.codec = codec
         self.rows_per_shard = rows_per_shard or min(65536, max(4096, -(-num_rows // 16)))
         self._waiting: list[SparseDistributions] = []
-        self._stack = ExitStack()
-        self._stack.enter_context(folder_lock(self.folder))
-        try:
-            fields = {
-                **fields,
-                "num_rows": num_rows,
-                "vocab_size": vocab_size,
-                "codec": codec,
-                "rows_per_shard": self.rows_per_shard,
-            }
-            self.manifest = Manifest.start(self.folder, format=FORMAT, version=VERSION, fields=fields)
-            if not self.complete:
-                self.manifest.results.setdefault("nnz", 0)
-                self.manifest.check_sizes(self.folder)
-                self.manifest.discard_unlisted(self.folder)
-        except BaseException:
-            self._stack.close()
-            raise
+        own = {"vocab_size": vocab_size, "codec": codec, "rows_per_shard": self.rows_per_shard}
+        super().__init__(folder, num_rows=num_rows, format=FORMAT, version=VERSION, fields={**fields, **own})
 
-    def __enter__(self) -> DistributionWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the folder's lock; rows of an unfinished shard are dropped."""
-        self._stack.close()
-
-    @property
-    def complete(self) -> bool:
-        return self.manifest.complete
-
-    @property
-    def rows_done(self) -> int:
-        """Rows that stand on the disk."""
-        return self.manifest.rows
+    def begin(self) -> None:
+        self.manifest.results.setdefault("nnz", 0)
 
     @property
     def next_row(self) -> int:
@@ -364,17 +325,11 @@ class DistributionWriter:
         waiting = SparseDistributions.cat(self._waiting)
         shard = waiting if waiting.num_rows == rows else waiting.select(torch.arange(rows))
         arrays = encode(shard, self.codec)
-        name = f"shard-{len(self.manifest.shards):05d}.safetensors"
-        written = write_tensors(self.folder / name, arrays)
         self._waiting = [waiting.select(torch.arange(rows, waiting.num_rows))] if waiting.num_rows > rows else []
         self.manifest.results["nnz"] += len(arrays["token_ids"])
-        self.manifest.add(self.folder, name, written, rows=rows)
+        self.add_shard(arrays, rows)
 
     def finish(self, results: dict[str, Any] | None = None) -> DistributionStore:
         """Mark the store complete, with ``results`` added to the manifest's, and open it."""
-        if self.rows_done != self.num_rows:
-            raise ValueError(f"{self.rows_done} rows were written instead of {self.num_rows}")
-        if not self.complete:
-            self.manifest.results.update(results or {})
-            self.manifest.finish(self.folder)
+        self.mark_complete(results)
         return DistributionStore.open(self.folder)
