@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from memdec import _C
 from memdec.distributions import SparseDistributions
-from memdec.ops import checks
+from memdec.ops import checks, launch
 from memdec.ops.reference import AlignmentLoss
 from memdec.ops.registration import is_traced, register, wants_grad
 from memdec.ops.rows import Rows, accumulator, indices, rows
@@ -115,12 +115,14 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, kl and ce; on the way whatever else is asked for."""
     logits, described = rows(logits)
-    labels = indices(labels, logits.shape[:-1], "labels")
+    labels = indices(labels, logits, "labels", ignore_index)
     sparse, _alive = _pointers(teacher)
     dtype = accumulator(logits)
     shape = labels.shape if reduction == "none" else ()
-    total, kl, ce = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-    _C.alignment_loss(
+    total, kl, ce = (torch.empty(shape, dtype=dtype, device=logits.device) for _ in range(3))
+    launch.run(
+        _C.alignment_loss,
+        logits.device,
         described,
         labels.data_ptr(),
         ignore_index,
@@ -134,7 +136,6 @@ def loss(
         0 if row_sum is None else row_sum.data_ptr(),
         grad,
         grad_scale,
-        torch.get_num_threads(),
     )
     return total, kl, ce
 
@@ -150,7 +151,7 @@ def _loss_and_rows(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total, kl, ce, and each row's max and Σ exp(z − max), which the gradient needs."""
-    row_max = torch.empty(logits.shape[:-1], dtype=accumulator(logits))
+    row_max = torch.empty(logits.shape[:-1], dtype=accumulator(logits), device=logits.device)
     row_sum = torch.empty_like(row_max)
     teacher = (indptr, token_ids, probs)
     parts = loss(logits, labels, teacher, beta, ignore_index, reduction, row_max=row_max, row_sum=row_sum)
@@ -173,13 +174,15 @@ def gradient(
 ) -> Tensor:
     """d total / d logits · grad_total, in the logits' dtype."""
     logits, described = rows(logits)
-    labels = indices(labels, logits.shape[:-1], "labels")
+    labels = indices(labels, logits, "labels", ignore_index)
     sparse: tuple[int, int, int, int] = (0, 0, 0, 0)
     if indptr is not None and token_ids is not None and probs is not None:
         sparse, _alive = _pointers((indptr, token_ids, probs))
     grad_total = grad_total.to(row_max.dtype).contiguous()
-    grad = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
-    _C.alignment_gradient(
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    launch.run(
+        _C.alignment_gradient,
+        logits.device,
         described,
         labels.data_ptr(),
         ignore_index,
@@ -190,7 +193,6 @@ def gradient(
         row_sum.data_ptr(),
         grad_total.data_ptr(),
         rows(grad)[1],
-        torch.get_num_threads(),
     )
     return grad
 
