@@ -17,6 +17,10 @@ inline constexpr Kernels<Op> kernels{};
 #if MEMDEC_HAS_CUDA
 template <>
 inline constexpr Kernels<TokenLogProb> kernels<TokenLogProb>{token_log_prob, workspace_bytes};
+template <>
+inline constexpr Kernels<AlignmentLoss> kernels<AlignmentLoss>{alignment_loss, workspace_bytes};
+template <>
+inline constexpr Kernels<AlignmentGradient> kernels<AlignmentGradient>{alignment_gradient, workspace_bytes};
 #endif
 
 }  // namespace memdec::cuda
