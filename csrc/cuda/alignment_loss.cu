@@ -19,6 +19,9 @@
 namespace memdec::cuda {
 namespace {
 
+// Blocks that a multiprocessor must hold at once. More is the compiler's own aim, and it spills registers for it.
+constexpr int blocks_at_once = 2;
+
 // What is common to AlignmentLoss and AlignmentGradient.
 struct Job {
   Rows logits;
@@ -180,7 +183,7 @@ __device__ inline void write_losses(const Job& job, const Scratch& scratch, int6
 
 // A block a row: its losses, and its gradient, or (where rows are split) what write_gradient_of_spans needs for it.
 template <class T>
-__global__ void __launch_bounds__(block_threads) align_rows(Job job, Scratch scratch) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once) align_rows(Job job, Scratch scratch) {
   const int64_t r = blockIdx.x, columns = job.logits.columns;
   const T* const z = row_of<const T>(job.logits, r);
   const Target target = target_of_row(job, r);
@@ -212,7 +215,7 @@ __global__ void __launch_bounds__(block_threads) align_rows(Job job, Scratch scr
 
 // A block a span of the split rows' gradients.
 template <class T>
-__global__ void __launch_bounds__(block_threads) write_gradient_of_spans(Job job, Scratch scratch) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once) write_gradient_of_spans(Job job, Scratch scratch) {
   const int64_t columns = job.logits.columns, spans = spans_of(columns + width_of<T>);
   const int64_t r = blockIdx.x / spans, span = blockIdx.x % spans;
   const Slope slope = scratch.slopes[r];
