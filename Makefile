@@ -1,5 +1,7 @@
-# make demo | test | test-real | bench | lint | wheel | clean      (each makes .venv first, with constraints.txt, when there is none)
+# make demo | test | test-real | test-cuda-host | cuda-kernels | bench | lint | wheel | clean      (each makes .venv first, with constraints.txt, when there is none)
 # make ext: only the extension, into python/memdec, for developers.
+# make test-cuda-host: the CUDA kernels run on the CPU, under sanitizers (needs no GPU and no nvcc).
+# make cuda-kernels: nvcc compiles every kernel for every architecture, and none spills registers (needs no GPU).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -7,9 +9,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 THREADS ?= 2
 # Sources whose change means that the installed package is stale.
+CONFIGURE := PATH="$(abspath $(BIN)):$$PATH" cmake -S . -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(abspath $(BIN))/python" -Dpybind11_ROOT="$$($(BIN)/python -m pybind11 --cmakedir)"
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-real bench lint wheel clean ext
+.PHONY: demo test test-real test-cuda-host cuda-kernels bench lint wheel clean ext
 
 $(VENV)/torch.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +55,20 @@ test: $(VENV)/test.stamp
 
 test-real: $(VENV)/test.stamp $(VENV)/demo.stamp
 	$(BIN)/python -m pytest -m real tests
+
+# AddressSanitizer must be the first library of the process that loads what it watches, with libstdc++ beside it for its
+# exceptions to be found; torch itself leaks at exit. What the sanitizers say goes to files, since pytest holds back the output
+# of a process that ends with it.
+test-cuda-host: $(VENV)/test.stamp
+	$(CONFIGURE) -B build/cuda-host -DMEMDEC_CUDA=host
+	cmake --build build/cuda-host
+	rm -f build/cuda-host/report.*
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0:log_path=$(abspath build/cuda-host/report) UBSAN_OPTIONS=print_stacktrace=1:log_path=$(abspath build/cuda-host/report) \
+		$(BIN)/python -m pytest --cuda=host -n 2 tests/ops tests/cuda || { cat build/cuda-host/report.* 2>/dev/null; false; }
+
+cuda-kernels: $(VENV)/memdec.stamp
+	$(CONFIGURE) -B build/cuda-kernels -DMEMDEC_CUDA=on
+	$(BIN)/python tests/cuda/check_kernels.py build/cuda-kernels
 
 bench: $(VENV)/bench.stamp
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest bench --benchmark-sort=name --benchmark-columns=median,iqr,rounds

@@ -4,7 +4,8 @@ set(MEMDEC_SIMD_FLAGS_portable "")
 set(MEMDEC_SIMD_FLAGS_avx2 -mavx2 -mbmi -mbmi2 -mfma -mf16c)
 set(MEMDEC_SIMD_FLAGS_avx512 -mavx2 -mbmi -mbmi2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
 
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+# The build for the tests of the CUDA kernels on the CPU uses the CPU's own kernels for float64 only.
+if(NOT MEMDEC_CUDA STREQUAL "host" AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   include(CheckCXXCompilerFlag)
   foreach(level avx2 avx512)
     string(REPLACE ";" " " flags "${MEMDEC_SIMD_FLAGS_${level}}")

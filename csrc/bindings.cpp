@@ -2,11 +2,14 @@
 //
 // A pointer travels as an int (0 is null). Logits travel as the tuple that memdec.ops.rows.rows() makes of a tensor:
 //   (data_ptr, dtype code, count, inner, outer_stride, inner_stride, columns)
+// Every op's last argument says where it runs: the number of CPU threads, or (device, stream, workspace, workspace bytes) for
+// CUDA. An op that is given too little workspace does nothing but return how much it wants; otherwise it runs and returns 0.
 #include <pybind11/pybind11.h>
 
 #include <string>
 #include <tuple>
 
+#include "cuda/dispatch.h"
 #include "memdec.h"
 
 namespace py = pybind11;
@@ -45,6 +48,25 @@ struct type_caster<memdec::SparseRows> {
     return true;
   }
 };
+
+template <>
+struct type_caster<memdec::Launch> {
+  PYBIND11_TYPE_CASTER(memdec::Launch, const_name("int | tuple[int, int, int, int]"));
+  bool load(handle source, bool) {
+    if (PyLong_Check(source.ptr())) {
+      const long threads = PyLong_AsLong(source.ptr());
+      value.threads = threads > 0 ? static_cast<int>(threads) : 1;
+    } else {
+      if (!PyTuple_CheckExact(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+      value.device = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 0)));
+      value.stream = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 1));
+      value.workspace = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 2));
+      value.workspace_bytes = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), 3));
+    }
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
 }  // namespace pybind11::detail
 
 namespace {
@@ -78,18 +100,39 @@ void raise_unless_ok(const char* op, const Status& status) {
     case Status::bad_fraction:
       throw py::value_error(where + " holds " + std::to_string(status.number) + " at position " + number(status.at) + ", wanted 0 to 1");
     case Status::out_of_memory: throw std::bad_alloc();
+    case Status::cuda_error:
+      throw std::runtime_error(std::string(op) + ": CUDA error " + number(status.got) + ": " + status.argument);
   }
 }
 
-// Runs one op with the GIL released.
+[[noreturn]] void raise_not_ported(const char* op) {
+#if MEMDEC_HAS_CUDA
+  const std::string text = std::string(op) + ": has no CUDA kernel yet; move its tensors to the CPU with .cpu()";
+#else
+  const std::string text = std::string(op) + ": this build of memdec has no CUDA kernels; move its tensors to the CPU with .cpu()";
+#endif
+  PyErr_SetString(PyExc_NotImplementedError, text.c_str());
+  throw py::error_already_set();
+}
+
+// Runs one op with the GIL released. Returns 0, or the bytes of workspace that are wanted before it can run.
 template <class Op>
-void run(const char* name, Status (*function)(const Op&, const Launch&), const Op& op, int threads) {
+int64_t run(const char* name, Status (*on_cpu)(const Op&, const Launch&), const Op& op, const Launch& launch) {
+  Status (*function)(const Op&, const Launch&) = on_cpu;
+  if (launch.device >= 0) {
+    const memdec::cuda::Kernels<Op> kernels = memdec::cuda::kernels<Op>;
+    if (!kernels.run) raise_not_ported(name);
+    const int64_t wanted = kernels.workspace_bytes ? kernels.workspace_bytes(op) : 0;
+    if (wanted > launch.workspace_bytes) return wanted;
+    function = kernels.run;
+  }
   Status status;
   {
     const py::gil_scoped_release released;
-    status = function(op, Launch{.threads = threads > 0 ? threads : 1});
+    status = function(op, launch);
   }
   raise_unless_ok(name, status);
+  return 0;
 }
 
 // keys, counts, thresholds, capacity, keep: memdec::TopkBuffers
@@ -114,8 +157,15 @@ py::dict build_info() {
 #else
   info["compiler"] = "gcc " __VERSION__;
 #endif
+#if MEMDEC_HAS_CUDA
+  info["cuda"] = MEMDEC_CUDA;
+  info["arches"] = py::str(MEMDEC_CUDA_ARCHES).attr("split")();
+  info["nvcc"] = MEMDEC_NVCC;
+#else
   info["cuda"] = "off";
   info["arches"] = py::list();
+  info["nvcc"] = py::none();
+#endif
   info["simd_levels"] = levels;
   info["simd"] = memdec::simd_level();
   return info;
@@ -135,16 +185,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("set_simd_level", &set_simd_level, py::arg("name"));
 
-  m.def("token_log_prob", [](const Rows& logits, uintptr_t targets, uintptr_t log_prob, uintptr_t max, uintptr_t sum, int threads) {
-    run("token_log_prob", memdec::token_log_prob,
+  m.def("token_log_prob", [](const Rows& logits, uintptr_t targets, uintptr_t log_prob, uintptr_t max, uintptr_t sum, const Launch& launch) {
+    return run("token_log_prob", memdec::token_log_prob,
         {.logits = logits, .targets = pointer<const int64_t>(targets), .log_prob = pointer(log_prob), .max = pointer(max), .sum = pointer(sum)},
-        threads);
+        launch);
   });
 
   m.def("alignment_loss", [](const Rows& logits, uintptr_t labels, int64_t ignore_index, const SparseRows& teacher, double beta,
                              int reduction, uintptr_t total, uintptr_t kl, uintptr_t ce, uintptr_t max, uintptr_t sum,
-                             const Rows& grad, double grad_scale, int threads) {
-    run("alignment_loss", memdec::alignment_loss,
+                             const Rows& grad, uintptr_t grad_weight, const Launch& launch) {
+    return run("alignment_loss", memdec::alignment_loss,
         {.logits = logits,
          .labels = pointer<const int64_t>(labels),
          .ignore_index = ignore_index,
@@ -157,13 +207,13 @@ PYBIND11_MODULE(_C, m) {
          .max = pointer(max),
          .sum = pointer(sum),
          .grad = grad,
-         .grad_scale = grad_scale},
-        threads);
+         .grad_weight = pointer(grad_weight)},
+        launch);
   });
 
   m.def("alignment_gradient", [](const Rows& logits, uintptr_t labels, int64_t ignore_index, const SparseRows& teacher, double beta,
-                                 int reduction, uintptr_t max, uintptr_t sum, uintptr_t grad_total, const Rows& grad, int threads) {
-    run("alignment_gradient", memdec::alignment_gradient,
+                                 int reduction, uintptr_t max, uintptr_t sum, uintptr_t grad_total, const Rows& grad, const Launch& launch) {
+    return run("alignment_gradient", memdec::alignment_gradient,
         {.logits = logits,
          .labels = pointer<const int64_t>(labels),
          .ignore_index = ignore_index,
@@ -174,63 +224,63 @@ PYBIND11_MODULE(_C, m) {
          .sum = pointer(sum),
          .grad_total = pointer(grad_total),
          .grad = grad},
-        threads);
+        launch);
   });
 
   m.def("aggregate_neighbors", [](const Rows& distances, uintptr_t token_ids, int64_t token_ids_stride, bool wide_ids, double temperature,
                                   int64_t vocab_size, double min_prob, int64_t max_tokens, uintptr_t out_indptr, uintptr_t out_ids,
-                                  uintptr_t out_probs, uintptr_t residual, int threads) {
-    run("aggregate_neighbors", memdec::aggregate_neighbors,
+                                  uintptr_t out_probs, uintptr_t residual, const Launch& launch) {
+    return run("aggregate_neighbors", memdec::aggregate_neighbors,
         {.distances = distances, .token_ids = pointer(token_ids), .token_ids_stride = token_ids_stride, .wide_ids = wide_ids,
          .temperature = temperature, .vocab_size = vocab_size, .min_prob = min_prob, .max_tokens = max_tokens,
          .out_indptr = pointer<int64_t>(out_indptr), .out_ids = pointer<int32_t>(out_ids), .out_probs = pointer<float>(out_probs),
          .residual = pointer<float>(residual)},
-        threads);
+        launch);
   });
   m.def("topk_filter_prepare", [](uintptr_t stored, int64_t stored_stride, uintptr_t mean, int64_t rows, int64_t dim, uintptr_t centred,
-                                  uintptr_t norms, int threads) {
-    run("topk_filter_prepare", memdec::topk_filter_prepare,
+                                  uintptr_t norms, const Launch& launch) {
+    return run("topk_filter_prepare", memdec::topk_filter_prepare,
         {.stored = pointer(stored), .stored_stride = stored_stride, .mean = pointer<const float>(mean), .rows = rows, .dim = dim,
          .centred = pointer<float>(centred), .norms = pointer<float>(norms)},
-        threads);
+        launch);
   });
   m.def("topk_filter_update", [](const Buffers& buffers, uintptr_t products, int64_t products_stride, int64_t rows, int64_t columns,
-                                 uintptr_t norms, int64_t first_id, uintptr_t excluded, int threads) {
-    run("topk_filter_update", memdec::topk_filter_update,
+                                 uintptr_t norms, int64_t first_id, uintptr_t excluded, const Launch& launch) {
+    return run("topk_filter_update", memdec::topk_filter_update,
         {.buffers = topk_buffers(buffers), .products = pointer<const float>(products), .products_stride = products_stride, .rows = rows,
          .columns = columns, .norms = pointer<const float>(norms), .first_id = first_id, .excluded = pointer<const int64_t>(excluded)},
-        threads);
+        launch);
   });
   m.def("topk_filter_refine", [](const Buffers& buffers, uintptr_t queries, uintptr_t stored, int64_t stored_stride, int64_t rows,
-                                 int64_t stored_rows, int64_t dim, int64_t first_id, int threads) {
-    run("topk_filter_refine", memdec::topk_filter_refine,
+                                 int64_t stored_rows, int64_t dim, int64_t first_id, const Launch& launch) {
+    return run("topk_filter_refine", memdec::topk_filter_refine,
         {.buffers = topk_buffers(buffers), .queries = pointer<const float>(queries), .stored = pointer(stored),
          .stored_stride = stored_stride, .rows = rows, .stored_rows = stored_rows, .dim = dim, .first_id = first_id},
-        threads);
+        launch);
   });
-  m.def("topk_filter_select", [](const Buffers& buffers, int64_t rows, int64_t k, uintptr_t distances, uintptr_t ids, int threads) {
-    run("topk_filter_select", memdec::topk_filter_select,
+  m.def("topk_filter_select", [](const Buffers& buffers, int64_t rows, int64_t k, uintptr_t distances, uintptr_t ids, const Launch& launch) {
+    return run("topk_filter_select", memdec::topk_filter_select,
         {.buffers = topk_buffers(buffers), .rows = rows, .k = k, .distances = pointer<float>(distances), .ids = pointer<int64_t>(ids)},
-        threads);
+        launch);
   });
 
-  m.def("interpolate", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, uintptr_t log_probs, int threads) {
-    run("interpolate", memdec::interpolate, {.mixture = mixture(base, memory, alpha, alphas), .log_probs = pointer(log_probs)}, threads);
+  m.def("interpolate", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, uintptr_t log_probs, const Launch& launch) {
+    return run("interpolate", memdec::interpolate, {.mixture = mixture(base, memory, alpha, alphas), .log_probs = pointer(log_probs)}, launch);
   });
   m.def("interpolate_log_prob", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, uintptr_t targets,
-                                   uintptr_t log_prob, int threads) {
-    run("interpolate_log_prob", memdec::interpolate_log_prob,
+                                   uintptr_t log_prob, const Launch& launch) {
+    return run("interpolate_log_prob", memdec::interpolate_log_prob,
         {.mixture = mixture(base, memory, alpha, alphas), .targets = pointer<const int64_t>(targets), .log_prob = pointer(log_prob)},
-        threads);
+        launch);
   });
-  m.def("interpolate_argmax", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, uintptr_t tokens, int threads) {
-    run("interpolate_argmax", memdec::interpolate_argmax,
-        {.mixture = mixture(base, memory, alpha, alphas), .tokens = pointer<int64_t>(tokens)}, threads);
+  m.def("interpolate_argmax", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, uintptr_t tokens, const Launch& launch) {
+    return run("interpolate_argmax", memdec::interpolate_argmax,
+        {.mixture = mixture(base, memory, alpha, alphas), .tokens = pointer<int64_t>(tokens)}, launch);
   });
   m.def("interpolate_sample", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, double temperature, int64_t top_k,
                                  double top_p, double min_p, int64_t seed, uintptr_t seeds, int64_t offset, uintptr_t offsets,
-                                 uintptr_t tokens, int threads) {
-    run("interpolate_sample", memdec::interpolate_sample,
+                                 uintptr_t tokens, const Launch& launch) {
+    return run("interpolate_sample", memdec::interpolate_sample,
         {.mixture = mixture(base, memory, alpha, alphas),
          .temperature = temperature,
          .top_k = top_k,
@@ -241,12 +291,12 @@ PYBIND11_MODULE(_C, m) {
          .offset = static_cast<uint64_t>(offset),
          .offsets = pointer<const int64_t>(offsets),
          .tokens = pointer<int64_t>(tokens)},
-        threads);
+        launch);
   });
   m.def("interpolate_sparse", [](const Rows& base, const SparseRows& teacher, double alpha, uintptr_t alphas, uintptr_t log_probs,
-                                 int threads) {
-    run("interpolate_sparse", memdec::interpolate_sparse,
+                                 const Launch& launch) {
+    return run("interpolate_sparse", memdec::interpolate_sparse,
         {.base = base, .teacher = teacher, .alpha = alpha, .alphas = pointer<const double>(alphas), .log_probs = pointer(log_probs)},
-        threads);
+        launch);
   });
 }

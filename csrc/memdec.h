@@ -10,12 +10,17 @@
 //   - float32, bf16 and fp16 logits accumulate in float32 and give float32 outputs; float64 accumulates in and gives float64.
 //     Output pointers that follow this rule are void*.
 //   - Rows are independent, and a row that is split over threads is split at fixed columns and merged in order: results do
-//     not depend on the thread count.
-//   - Index arguments are checked before anything is written; an op never reads or writes out of bounds.
+//     not depend on the thread count. On CUDA they depend neither on the other rows of a call nor on a row's alignment.
+//   - On the CPU, index arguments are checked before anything is written. On CUDA they cannot be (the host would have to wait
+//     for the device): a row whose label or target is out of range gets NaN, a teacher's entry out of range counts as NaN in
+//     its row's losses and is dropped from its gradient. On neither does an op read or write out of bounds.
 //
 // Adding an op to the CPU backend: the struct and function here; csrc/cpu/<op>.cpp, which defines
 // memdec::MEMDEC_LEVEL::<op> and is listed in MEMDEC_CPU_OPS (CMakeLists.txt); one line in csrc/cpu/dispatch.cpp; a binding.
 // csrc/cpu/token_log_prob.cpp is the model; csrc/cpu/simd.h and csrc/cpu/rows.h are what kernels are written with.
+//
+// Adding an op to the CUDA backend: its functions in namespace cuda at the end of this file; csrc/cuda/<op>.cu, listed in
+// MEMDEC_CUDA_OPS (CMakeLists.txt); one line in csrc/cuda/dispatch.h. csrc/cuda/token_log_prob.cu is the model.
 #pragma once
 
 #include <cstdint>
@@ -46,9 +51,13 @@ struct SparseRows {
   int64_t nnz;
 };
 
+// Where and how an op runs: on so many threads of the CPU, or on a stream of a CUDA device.
 struct Launch {
-  int threads;             // the most that may be used, ≥ 1
-  void* stream = nullptr;  // the caller's CUDA stream; the CPU kernels are done when they return
+  int threads = 1;              // CPU: the most that may be used, ≥ 1; the kernels are done when they return
+  int device = -1;              // CUDA: the device's index; −1: the CPU
+  void* stream = nullptr;       // CUDA: the caller's stream; the kernels are queued there
+  void* workspace = nullptr;    // CUDA: device memory that is the op's own until what it queued is done, 256-byte aligned
+  int64_t workspace_bytes = 0;  // at least cuda::workspace_bytes(op)
 };
 
 struct Status {
@@ -60,6 +69,7 @@ struct Status {
     bad_structure,  // argument[at] is `got`: not a CSR row pointer (wanted: the least value it may have)
     bad_fraction,   // argument[at] is `number`, wanted 0 to 1
     out_of_memory,
+    cuda_error,  // `argument` is CUDA's own text, `got` its number
   };
   Code code = ok;
   const char* argument = "";
@@ -96,8 +106,8 @@ struct AlignmentLoss {
   void* ce;     // out, as total
   void* max;    // (N,) out, or null: max and sum of exp(z − max) of each row, which alignment_gradient needs
   void* sum;    // (N,) out, or null
-  Rows grad;    // (N, V) out, of the logits' dtype, or data null: grad_scale · d total / d logits; may be the logits themselves
-  double grad_scale;
+  Rows grad;    // (N, V) out, of the logits' dtype, or data null: grad_weight · d total / d logits; may be the logits themselves
+  const void* grad_weight;  // (1,) a factor of the gradient, or null: 1
 };
 Status alignment_loss(const AlignmentLoss& op, const Launch& launch);
 
@@ -251,5 +261,16 @@ const char* simd_level();                     // in use: the best that the machi
 bool simd_level_available(const char* name);  // compiled in, and the machine has it
 void set_simd_level(const char* name);        // must be available
 const char* const* simd_levels_built();       // null-terminated
+
+// The CUDA kernels of the same ops, for tensors in the device's memory. An op allocates nothing: what it needs beside its
+// outputs is the launch's workspace, of the size that workspace_bytes gives.
+namespace cuda {
+Status token_log_prob(const TokenLogProb& op, const Launch& launch);
+int64_t workspace_bytes(const TokenLogProb& op);
+Status alignment_loss(const AlignmentLoss& op, const Launch& launch);
+int64_t workspace_bytes(const AlignmentLoss& op);
+Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);
+int64_t workspace_bytes(const AlignmentGradient& op);
+}  // namespace cuda
 
 }  // namespace memdec

@@ -1,12 +1,14 @@
-# Every pointer is an int, 0 for null; every function raises ValueError where an index is out of range.
+# Every pointer is an int, 0 for null; on the CPU every op raises ValueError where an index is out of range. An op
+# returns 0, or the bytes of workspace that it wants before it can run on CUDA.
 from typing import Any
 
 _Rows = tuple[int, int, int, int, int, int, int]
 _Sparse = tuple[int, int, int, int]
+_Launch = int | tuple[int, int, int, int]  # CPU threads, or CUDA: device, stream, workspace, its bytes
 
 def build_info() -> dict[str, Any]: ...
 def set_simd_level(name: str) -> None: ...
-def token_log_prob(logits: _Rows, targets: int, log_prob: int, max: int, sum: int, threads: int, /) -> None: ...
+def token_log_prob(logits: _Rows, targets: int, log_prob: int, max: int, sum: int, launch: _Launch, /) -> int: ...
 def alignment_loss(
     logits: _Rows,
     labels: int,
@@ -20,10 +22,10 @@ def alignment_loss(
     max: int,
     sum: int,
     grad: _Rows,
-    grad_scale: float,
-    threads: int,
+    grad_weight: int,
+    launch: _Launch,
     /,
-) -> None: ...
+) -> int: ...
 def alignment_gradient(
     logits: _Rows,
     labels: int,
@@ -35,9 +37,9 @@ def alignment_gradient(
     sum: int,
     grad_total: int,
     grad: _Rows,
-    threads: int,
+    launch: _Launch,
     /,
-) -> None: ...
+) -> int: ...
 def aggregate_neighbors(
     distances: _Rows,
     token_ids: int,
@@ -51,16 +53,16 @@ def aggregate_neighbors(
     out_ids: int,
     out_probs: int,
     residual: int,
-    threads: int,
+    launch: _Launch,
     /,
-) -> None: ...
+) -> int: ...
 
 # keys, counts, thresholds, capacity, keep
 _TopkBuffers = tuple[int, int, int, int, int]
 
 def topk_filter_prepare(
-    stored: int, stored_stride: int, mean: int, rows: int, dim: int, centred: int, norms: int, threads: int, /
-) -> None: ...
+    stored: int, stored_stride: int, mean: int, rows: int, dim: int, centred: int, norms: int, launch: _Launch, /
+) -> int: ...
 def topk_filter_update(
     buffers: _TopkBuffers,
     products: int,
@@ -70,9 +72,9 @@ def topk_filter_update(
     norms: int,
     first_id: int,
     excluded: int,
-    threads: int,
+    launch: _Launch,
     /,
-) -> None: ...
+) -> int: ...
 def topk_filter_refine(
     buffers: _TopkBuffers,
     queries: int,
@@ -82,15 +84,19 @@ def topk_filter_refine(
     stored_rows: int,
     dim: int,
     first_id: int,
-    threads: int,
+    launch: _Launch,
     /,
-) -> None: ...
-def topk_filter_select(buffers: _TopkBuffers, rows: int, k: int, distances: int, ids: int, threads: int, /) -> None: ...
-def interpolate(base: _Rows, memory: _Rows, alpha: float, alphas: int, log_probs: int, threads: int, /) -> None: ...
+) -> int: ...
+def topk_filter_select(
+    buffers: _TopkBuffers, rows: int, k: int, distances: int, ids: int, launch: _Launch, /
+) -> int: ...
+def interpolate(base: _Rows, memory: _Rows, alpha: float, alphas: int, log_probs: int, launch: _Launch, /) -> int: ...
 def interpolate_log_prob(
-    base: _Rows, memory: _Rows, alpha: float, alphas: int, targets: int, log_prob: int, threads: int, /
-) -> None: ...
-def interpolate_argmax(base: _Rows, memory: _Rows, alpha: float, alphas: int, tokens: int, threads: int, /) -> None: ...
+    base: _Rows, memory: _Rows, alpha: float, alphas: int, targets: int, log_prob: int, launch: _Launch, /
+) -> int: ...
+def interpolate_argmax(
+    base: _Rows, memory: _Rows, alpha: float, alphas: int, tokens: int, launch: _Launch, /
+) -> int: ...
 def interpolate_sample(
     base: _Rows,
     memory: _Rows,
@@ -105,9 +111,9 @@ def interpolate_sample(
     offset: int,
     offsets: int,
     tokens: int,
-    threads: int,
+    launch: _Launch,
     /,
-) -> None: ...
+) -> int: ...
 def interpolate_sparse(
-    base: _Rows, teacher: _Sparse, alpha: float, alphas: int, log_probs: int, threads: int, /
-) -> None: ...
+    base: _Rows, teacher: _Sparse, alpha: float, alphas: int, log_probs: int, launch: _Launch, /
+) -> int: ...

@@ -13,16 +13,16 @@ def build_info() -> dict[str, Any]:
     """Tell what was built and what runs.
 
     Returns:
-        A dict with ``version``; ``cuda`` ("off" in a build without CUDA kernels) and ``arches`` (those it has code
-        for); ``compiler``; ``simd_levels`` (those built) and ``simd`` (the one in use: the best that the machine has,
-        or
-        the one that the environment variable ``MEMDEC_SIMD`` names); ``threads`` (what ops use:
+        A dict with ``version``; ``cuda`` ("on" or "off": whether it has CUDA kernels), ``arches`` (those it has code
+        for: "90-real" is machine code, "120-virtual" what later GPUs compile their own from) and ``nvcc`` (its
+        version, or None); ``compiler``; ``simd_levels`` (those built) and ``simd`` (the one in use: the best that the
+        machine has, or the one that the environment variable ``MEMDEC_SIMD`` names); ``threads`` (what ops use:
         ``torch.get_num_threads()``); ``torch``.
 
     Example:
         >>> import memdec
-        >>> memdec.build_info()["cuda"]
-        'off'
+        >>> memdec.build_info()["cuda"] in ("on", "off")
+        True
     """
     from memdec import __version__
 

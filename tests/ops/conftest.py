@@ -1,17 +1,48 @@
-"""What the tests of the ops share."""
+"""What the tests of the ops share: where they run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from memdec import _C, build_info
+# memdec is imported late: tests/conftest.py may put another build of its extension in place first.
+SIMD_LEVELS = ["portable", "avx2", "avx512"]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`device` is every device that has kernels here, `simd` every SIMD level of the CPU's, `on_cuda` whether the CUDA
+    kernels run.
+
+    With --cuda=host these take CPU tensors, and the CPU's SIMD levels have no part in it. On CUDA an index out of range
+    raises nothing: nobody waits for the values.
+    """
+    from memdec import build_info
+
+    host = build_info()["cuda"] == "host"
+    cases = [{"simd": level, "device": "cpu", "on_cuda": host} for level in (["portable"] if host else SIMD_LEVELS)]
+    if torch.cuda.is_available() and build_info()["cuda"] == "on":
+        cases.append({"simd": "portable", "device": "cuda", "on_cuda": True})
+    names = [name for name in ("simd", "device", "on_cuda") if name in metafunc.fixturenames]
+    if "simd" not in names:
+        cases = [case for case in cases if case["simd"] == "portable"]
+    elif "device" not in names:
+        cases = [case for case in cases if case["device"] == "cpu"]
+    if names:
+        metafunc.parametrize(
+            names,
+            [[case[name] for name in names] for case in cases],
+            indirect=[name for name in names if name == "simd"],
+            ids=["-".join(str(case[name]) for name in names if name != "on_cuda") for case in cases],
+        )
+
+
+@pytest.fixture
 def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each SIMD level in turn; skipped where it was not built or the machine has not got it."""
+    from memdec import _C, build_info
+
     before = build_info()["simd"]
     try:
         _C.set_simd_level(request.param)

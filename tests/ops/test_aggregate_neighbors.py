@@ -12,18 +12,6 @@ from memdec import _C, SparseDistributions, build_info, ops
 LEVELS = build_info()["simd_levels"]
 
 
-@pytest.fixture(params=LEVELS)
-def simd(request):
-    """Every SIMD level that was built and that this machine has."""
-    before = build_info()["simd"]
-    try:
-        _C.set_simd_level(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    _C.set_simd_level(before)
-
-
 def by_dict(distances, tokens, temperature, min_prob=0.0, max_tokens=None):
     """One row, as the formula reads: ({token: probability}, mass cut), in Python's floats."""
     present = [(d, t) for d, t in zip(distances, tokens, strict=True) if t >= 0 and d < math.inf]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memdec import _C
 from memdec.distributions import SparseDistributions
-from memdec.ops import checks
+from memdec.ops import checks, launch
 from memdec.ops.registration import is_traced, refuse_grad, register
 from memdec.ops.rows import rows
 
@@ -83,10 +83,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(indptr, token_ids, probs, residual)."""
     num_rows, k = distances.shape
-    indptr = torch.empty(num_rows + 1, dtype=torch.int64)
+    device = distances.device
+    indptr = torch.empty(num_rows + 1, dtype=torch.int64, device=device)
     if num_rows == 0 or k == 0:
-        empty = torch.empty(0, dtype=torch.int32)
-        return indptr.zero_(), empty, empty.float(), torch.zeros(num_rows)
+        empty = torch.empty(0, dtype=torch.int32, device=device)
+        return indptr.zero_(), empty, empty.float(), torch.zeros(num_rows, device=device)
     if k > 2**31 - 1:
         raise ValueError(f"distances: got {k} neighbours a row, wanted fewer than 2**31")
     distances, described = rows(distances, "distances")
@@ -95,10 +96,12 @@ def _forward(
     if k > 1 and token_ids.stride(1) != 1:
         token_ids = token_ids.contiguous()
     most = num_rows * min(k, vocab_size, max_tokens or k)
-    ids = torch.empty(most, dtype=torch.int32)
-    probs = torch.empty(most)
-    residual = torch.empty(num_rows)
-    _C.aggregate_neighbors(
+    ids = torch.empty(most, dtype=torch.int32, device=device)
+    probs = torch.empty(most, device=device)
+    residual = torch.empty(num_rows, device=device)
+    launch.run(
+        _C.aggregate_neighbors,
+        distances.device,
         described,
         token_ids.data_ptr(),
         token_ids.stride(0),
@@ -111,7 +114,6 @@ def _forward(
         ids.data_ptr(),
         probs.data_ptr(),
         residual.data_ptr(),
-        torch.get_num_threads(),
     )
     nnz = int(indptr[-1])
     ids, probs = ids[:nnz], probs[:nnz]

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from memdec import _C
 from memdec.distributions import SparseDistributions
-from memdec.ops import checks
+from memdec.ops import checks, launch
 from memdec.ops.reference import AlignmentLoss
 from memdec.ops.registration import is_traced, register, wants_grad
 from memdec.ops.rows import Rows, accumulator, indices, rows
@@ -111,16 +111,18 @@ def loss(
     row_max: Tensor | None = None,  # (…,) out
     row_sum: Tensor | None = None,  # (…,) out
     grad: Rows = NO_GRADIENT,
-    grad_scale: float = 1.0,
+    grad_weight: Tensor | None = None,  # (), of the losses' dtype: a factor of the gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, kl and ce; on the way whatever else is asked for."""
     logits, described = rows(logits)
-    labels = indices(labels, logits.shape[:-1], "labels")
+    labels = indices(labels, logits, "labels", ignore_index)
     sparse, _alive = _pointers(teacher)
     dtype = accumulator(logits)
     shape = labels.shape if reduction == "none" else ()
-    total, kl, ce = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-    _C.alignment_loss(
+    total, kl, ce = (torch.empty(shape, dtype=dtype, device=logits.device) for _ in range(3))
+    launch.run(
+        _C.alignment_loss,
+        logits.device,
         described,
         labels.data_ptr(),
         ignore_index,
@@ -133,8 +135,7 @@ def loss(
         0 if row_max is None else row_max.data_ptr(),
         0 if row_sum is None else row_sum.data_ptr(),
         grad,
-        grad_scale,
-        torch.get_num_threads(),
+        0 if grad_weight is None else grad_weight.data_ptr(),
     )
     return total, kl, ce
 
@@ -150,7 +151,7 @@ def _loss_and_rows(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total, kl, ce, and each row's max and Σ exp(z − max), which the gradient needs."""
-    row_max = torch.empty(logits.shape[:-1], dtype=accumulator(logits))
+    row_max = torch.empty(logits.shape[:-1], dtype=accumulator(logits), device=logits.device)
     row_sum = torch.empty_like(row_max)
     teacher = (indptr, token_ids, probs)
     parts = loss(logits, labels, teacher, beta, ignore_index, reduction, row_max=row_max, row_sum=row_sum)
@@ -173,13 +174,15 @@ def gradient(
 ) -> Tensor:
     """d total / d logits · grad_total, in the logits' dtype."""
     logits, described = rows(logits)
-    labels = indices(labels, logits.shape[:-1], "labels")
+    labels = indices(labels, logits, "labels", ignore_index)
     sparse: tuple[int, int, int, int] = (0, 0, 0, 0)
     if indptr is not None and token_ids is not None and probs is not None:
         sparse, _alive = _pointers((indptr, token_ids, probs))
     grad_total = grad_total.to(row_max.dtype).contiguous()
-    grad = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
-    _C.alignment_gradient(
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    launch.run(
+        _C.alignment_gradient,
+        logits.device,
         described,
         labels.data_ptr(),
         ignore_index,
@@ -190,7 +193,6 @@ def gradient(
         row_sum.data_ptr(),
         grad_total.data_ptr(),
         rows(grad)[1],
-        torch.get_num_threads(),
     )
     return grad
 
@@ -275,7 +277,8 @@ class _InPlace(torch.autograd.Function):
                 "grad_in_place=True they hold the gradient; use grad_in_place=False to go on using them"
             )
         ctx.gradient = None
-        if not bool((grad_total == 1).all()):
+        # Whether a factor on the device is 1 is not known here without waiting for it.
+        if grad.is_cuda or not bool((grad_total == 1).all()):
             grad.mul_(grad_total[..., None] if grad_total.dim() else grad_total)
         return (grad, *(None,) * 7)
 

@@ -1,8 +1,7 @@
 """Argument checks shared by the ops: each error names the argument, what it got and what it wanted.
 
 Nothing here reads a tensor's values (that would make an accelerator wait): ids out of range are found by the CPU
-kernels themselves, by ``SparseDistributions.validate()``, and by every op that takes a teacher
-where ``MEMDEC_DEBUG=1`` is set.
+kernels themselves, by ``SparseDistributions.validate()``, and by every op where ``MEMDEC_DEBUG=1`` is set.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memdec.distributions import SparseDistributions
+from memdec.ops.launch import check_device
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -28,11 +28,8 @@ def tensor(name: str, value: object) -> None:
     """``value`` is a tensor on a device that has kernels."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
-    if value.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"{name}: got a tensor on {value.device}, wanted one on the CPU: this build of memdec has no other kernels "
-            f"(see memdec.build_info()); move it with .cpu()"
-        )
+    if not value.is_cpu:
+        check_device(name, value)
 
 
 def floats(name: str, value: Tensor) -> None:
@@ -79,6 +76,18 @@ def tokens(name: str, value: Tensor, shape: Sequence[int], logits: Tensor) -> No
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {tuple(shape)}, one token a row of logits")
     same_device(name, value, "the logits", logits)
+
+
+def in_range(name: str, value: Tensor, vocab_size: int, ignore_index: int | None) -> None:
+    """Every index is in [0, ``vocab_size``), or ``ignore_index``. Waits for the device."""
+    wrong = (value < 0) | (value >= vocab_size)
+    if ignore_index is not None:
+        wrong &= value != ignore_index
+    if bool(wrong.any()):
+        at = int(wrong.reshape(-1).nonzero()[0])
+        raise ValueError(
+            f"{name} holds {int(value.reshape(-1)[at])} at position {at}, wanted an index from 0 to {vocab_size - 1}"
+        )
 
 
 def teacher(value: SparseDistributions, num_rows: int, vocab_size: int, device: torch.device) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memdec import _C
+from memdec.ops import launch
 from memdec.ops.mixture import alpha_rows, checked, components, described_pair, wide_dtype
 from memdec.ops.registration import is_traced, register, wants_grad
 
@@ -49,9 +50,9 @@ def interpolate(
 
 def _kernel(base_logits: Tensor, memory_logits: Tensor, alpha: float, alphas: Tensor | None) -> Tensor:
     base_logits, memory_logits, base, memory = described_pair(base_logits, memory_logits)
-    alphas, address = alpha_rows(alphas, base_logits.shape[:-1])
-    out = torch.empty(base_logits.shape, dtype=wide_dtype(base_logits, memory_logits))
-    _C.interpolate(base, memory, alpha, address, out.data_ptr(), torch.get_num_threads())
+    alphas, address = alpha_rows(alphas, base_logits.shape[:-1], base_logits.device)
+    out = torch.empty(base_logits.shape, dtype=wide_dtype(base_logits, memory_logits), device=base_logits.device)
+    launch.run(_C.interpolate, base_logits.device, base, memory, alpha, address, out.data_ptr())
     return out
 
 

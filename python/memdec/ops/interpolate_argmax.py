@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memdec import _C
+from memdec.ops import launch
 from memdec.ops.mixture import alpha_rows, checked, described_pair
 from memdec.ops.registration import is_traced, register
 
@@ -47,9 +48,9 @@ def interpolate_argmax(
 def _kernel(base_logits: Tensor, memory_logits: Tensor, alpha: float, alphas: Tensor | None) -> Tensor:
     base_logits, memory_logits, base, memory = described_pair(base_logits, memory_logits)
     shape = base_logits.shape[:-1]
-    alphas, address = alpha_rows(alphas, shape)
-    out = torch.empty(shape, dtype=torch.int64)
-    _C.interpolate_argmax(base, memory, alpha, address, out.data_ptr(), torch.get_num_threads())
+    alphas, address = alpha_rows(alphas, shape, base_logits.device)
+    out = torch.empty(shape, dtype=torch.int64, device=base_logits.device)
+    launch.run(_C.interpolate_argmax, base_logits.device, base, memory, alpha, address, out.data_ptr())
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memdec import _C
-from memdec.ops import checks
+from memdec.ops import checks, launch
 from memdec.ops.mixture import alpha_rows, checked, components, described_pair, wide_dtype
 from memdec.ops.registration import is_traced, register, wants_grad
 from memdec.ops.rows import indices
@@ -55,10 +55,12 @@ def interpolate_log_prob(
 
 def _kernel(base_logits: Tensor, memory_logits: Tensor, targets: Tensor, alpha: float, alphas: Tensor | None) -> Tensor:
     base_logits, memory_logits, base, memory = described_pair(base_logits, memory_logits)
-    targets = indices(targets, base_logits.shape[:-1], "targets")
-    alphas, address = alpha_rows(alphas, targets.shape)
-    out = torch.empty(targets.shape, dtype=wide_dtype(base_logits, memory_logits))
-    _C.interpolate_log_prob(base, memory, alpha, address, targets.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    targets = indices(targets, base_logits, "targets")
+    alphas, address = alpha_rows(alphas, targets.shape, base_logits.device)
+    out = torch.empty(targets.shape, dtype=wide_dtype(base_logits, memory_logits), device=base_logits.device)
+    launch.run(
+        _C.interpolate_log_prob, base_logits.device, base, memory, alpha, address, targets.data_ptr(), out.data_ptr()
+    )
     return out
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memdec import _C
-from memdec.ops import checks, reference
+from memdec.ops import checks, launch, reference
 from memdec.ops.mixture import alpha_rows, checked, described_pair
 from memdec.ops.registration import is_traced, register
 
@@ -87,13 +87,15 @@ def _kernel(
 ) -> Tensor:
     base_logits, memory_logits, base, memory = described_pair(base_logits, memory_logits)
     shape = base_logits.shape[:-1]
-    alphas, alpha_address = alpha_rows(alphas, shape)
-    out = torch.empty(shape, dtype=torch.int64)
+    alphas, alpha_address = alpha_rows(alphas, shape, base_logits.device)
+    out = torch.empty(shape, dtype=torch.int64, device=base_logits.device)
     if seeds is not None:
         seeds = reference.row_keys(seeds, out.numel(), seeds.device, mix_row=True).contiguous()
     if offsets is not None:
         offsets = reference.row_keys(offsets, out.numel(), offsets.device, mix_row=False).contiguous()
-    _C.interpolate_sample(
+    launch.run(
+        _C.interpolate_sample,
+        base_logits.device,
         base,
         memory,
         alpha,
@@ -107,7 +109,6 @@ def _kernel(
         offset,
         0 if offsets is None else offsets.data_ptr(),
         out.data_ptr(),
-        torch.get_num_threads(),
     )
     return out
 

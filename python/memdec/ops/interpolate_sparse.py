@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memdec import _C
 from memdec.distributions import SparseDistributions
-from memdec.ops import checks
+from memdec.ops import checks, launch
 from memdec.ops.mixture import alpha_rows
 from memdec.ops.registration import is_traced, refuse_grad, register
 from memdec.ops.rows import accumulator, rows
@@ -63,9 +63,9 @@ def _kernel(
     base_logits, base = rows(base_logits, "base_logits")
     indptr, token_ids, probs = indptr.contiguous(), token_ids.contiguous(), probs.contiguous()
     sparse = (indptr.data_ptr(), token_ids.data_ptr(), probs.data_ptr(), token_ids.numel())
-    alphas, address = alpha_rows(alphas, base_logits.shape[:-1])
-    out = torch.empty(base_logits.shape, dtype=accumulator(base_logits))
-    _C.interpolate_sparse(base, sparse, alpha, address, out.data_ptr(), torch.get_num_threads())
+    alphas, address = alpha_rows(alphas, base_logits.shape[:-1], base_logits.device)
+    out = torch.empty(base_logits.shape, dtype=accumulator(base_logits), device=base_logits.device)
+    launch.run(_C.interpolate_sparse, base_logits.device, base, sparse, alpha, address, out.data_ptr())
     return out
 
 

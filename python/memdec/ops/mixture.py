@@ -22,11 +22,11 @@ def described_pair(base_logits: Tensor, memory_logits: Tensor) -> tuple[Tensor, 
     return base_logits, memory_logits, base, memory
 
 
-def alpha_rows(alphas: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int]:
-    """α of each row as a contiguous float64 tensor, and its address; (None, 0) where one number serves all rows."""
+def alpha_rows(alphas: Tensor | None, shape: torch.Size, device: torch.device) -> tuple[Tensor | None, int]:
+    """α of each row as a contiguous float64 tensor on the device, and its address; (None, 0) where it is one number."""
     if alphas is None:
         return None, 0
-    alphas = alphas.detach().to("cpu", torch.float64).expand(shape).contiguous()
+    alphas = alphas.detach().to(device, torch.float64).expand(shape).contiguous()
     return alphas, alphas.data_ptr()
 
 

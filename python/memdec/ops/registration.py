@@ -20,7 +20,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
-    """Define ``memdec::<schema>``: its CPU kernel, its shapes, and its gradient where it has one.
+    """Define ``memdec::<schema>``: its kernel on CPU and CUDA, its shapes, and its gradient where it has one.
 
     Args:
         schema: as torch.library writes it, such as ``"token_log_prob(Tensor logits, Tensor targets) -> Tensor"``.
@@ -31,7 +31,8 @@ def register(
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))  # type: ignore[no-untyped-call]
-    LIBRARY.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"memdec::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"memdec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
@@ -44,11 +45,14 @@ _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_trans
 
 def is_traced(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through the registered operator: compiled, transformed, watched by a dispatch mode, or not
-    on plain tensors in the CPU's memory."""
+    on plain tensors in the memory of the CPU or of a CUDA device."""
     if torch.compiler.is_compiling() or _transforms_active() or _dispatch_modes():
         return True
     plain = (torch.Tensor, torch.nn.Parameter)
-    return any(tensor is not None and (type(tensor) not in plain or not tensor.is_cpu) for tensor in tensors)
+    return any(
+        tensor is not None and (type(tensor) not in plain or not (tensor.is_cpu or tensor.is_cuda))
+        for tensor in tensors
+    )
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:

@@ -6,6 +6,9 @@ import math
 
 import torch
 
+from memdec.ops import checks
+from memdec.ops.launch import check_device
+
 # data_ptr, dtype code, count, inner, outer_stride, inner_stride, columns; strides in elements.
 Rows = tuple[int, int, int, int, int, int, int]
 
@@ -20,7 +23,8 @@ def rows(tensor: torch.Tensor, name: str = "logits") -> tuple[torch.Tensor, Rows
     is copied once.
 
     Args:
-        tensor: (…, V), at least one dimension, float32, bfloat16, float16 or float64, on the CPU.
+        tensor: (…, V), at least one dimension, float32, bfloat16, float16 or float64, on the CPU or (but
+            float64) on a CUDA device.
         name: what to call the argument in an error.
 
     Returns:
@@ -29,17 +33,15 @@ def rows(tensor: torch.Tensor, name: str = "logits") -> tuple[torch.Tensor, Rows
 
     Raises:
         TypeError: not a tensor of one of these dtypes.
-        ValueError: no dimensions, no columns, or not on the CPU.
+        ValueError: no dimensions, no columns, or on a device without kernels.
     """
     code = DTYPE_CODES.get(tensor.dtype)
     if code is None:
         raise TypeError(
             f"{name}: got dtype {tensor.dtype}, wanted float32, bfloat16, float16 or float64; convert with .float()"
         )
-    if tensor.device.type != "cpu":
-        raise ValueError(
-            f"{name}: got device {tensor.device}, wanted cpu: this build has CPU kernels only; move it with .cpu()"
-        )
+    if not tensor.is_cpu:
+        check_device(name, tensor)
     shape = tensor.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"{name}: got shape {tuple(shape)}, wanted (…, V) with V ≥ 1")
@@ -74,13 +76,16 @@ def accumulator(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def indices(tensor: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor:
-    """One index a row, as a contiguous int64 tensor on the CPU.
+def indices(tensor: torch.Tensor, logits: torch.Tensor, name: str, ignore_index: int | None = None) -> torch.Tensor:
+    """One index a row of logits, as a contiguous int64 tensor on their device.
+
+    The CPU kernels check the values. On CUDA that is done here, where ``MEMDEC_DEBUG=1`` is set: the host waits for it.
 
     Raises:
         TypeError: not an integer tensor.
-        ValueError: not of this shape, or on another device.
+        ValueError: not of the rows' shape, on another device, or (with ``MEMDEC_DEBUG=1`` on CUDA) out of range.
     """
+    shape = logits.shape[:-1]
     if tensor.dtype != torch.int64:
         if tensor.dtype not in (torch.int32, torch.int16, torch.uint8, torch.int8):
             raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted int64; convert with .long()")
@@ -89,6 +94,8 @@ def indices(tensor: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor:
         raise ValueError(
             f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(shape)}: one index for every row of logits"
         )
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name}: got device {tensor.device}, wanted cpu, where the logits are; move it with .cpu()")
+    if tensor.device != logits.device:
+        raise ValueError(f"{name}: got device {tensor.device}, wanted {logits.device}, where the logits are")
+    if checks.DEBUG and tensor.is_cuda:
+        checks.in_range(name, tensor, logits.shape[-1], ignore_index)
     return tensor.contiguous()

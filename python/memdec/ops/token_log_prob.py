@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memdec import _C
-from memdec.ops import checks
+from memdec.ops import checks, launch
 from memdec.ops.alignment_loss import gradient
 from memdec.ops.registration import is_traced, register, wants_grad
 from memdec.ops.rows import accumulator, indices, rows
@@ -29,11 +29,11 @@ def token_log_prob(
 
     Returns:
         (…,) float32 (float64 for float64 logits): −inf where the target is masked, NaN where the row holds a NaN or
-        nothing but −inf. Differentiable in ``logits``.
+        nothing but −inf, and on CUDA where the target is outside [0, V). Differentiable in ``logits``.
 
     Raises:
         TypeError: a dtype that is not one of the above.
-        ValueError: shapes that do not match, or a target outside [0, V).
+        ValueError: shapes that do not match, or (on the CPU) a target outside [0, V).
 
     Example:
         >>> import torch
@@ -48,19 +48,21 @@ def token_log_prob(
     if wants_grad(logits):
         return cast(Tensor, _TokenLogProb.apply(logits, targets))  # type: ignore[no-untyped-call]
     logits, described = rows(logits)
-    targets = indices(targets, logits.shape[:-1], "targets")
-    log_prob = torch.empty(targets.shape, dtype=accumulator(logits))
-    _C.token_log_prob(described, targets.data_ptr(), log_prob.data_ptr(), 0, 0, torch.get_num_threads())
+    targets = indices(targets, logits, "targets")
+    log_prob = torch.empty(targets.shape, dtype=accumulator(logits), device=logits.device)
+    launch.run(_C.token_log_prob, logits.device, described, targets.data_ptr(), log_prob.data_ptr(), 0, 0)
     return log_prob
 
 
 def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(log_prob, max, sum), one of each a row; max and sum are what the gradient needs."""
     logits, described = rows(logits)
-    targets = indices(targets, logits.shape[:-1], "targets")
-    log_prob, high, total = (torch.empty(targets.shape, dtype=accumulator(logits)) for _ in range(3))
+    targets = indices(targets, logits, "targets")
+    log_prob, high, total = (
+        torch.empty(targets.shape, dtype=accumulator(logits), device=logits.device) for _ in range(3)
+    )
     pointers = (targets.data_ptr(), log_prob.data_ptr(), high.data_ptr(), total.data_ptr())
-    _C.token_log_prob(described, *pointers, torch.get_num_threads())
+    launch.run(_C.token_log_prob, logits.device, described, *pointers)
     return log_prob, high, total
 
 

@@ -1,0 +1,26 @@
+// Which ops have CUDA kernels: one line an op. An op without a line raises NotImplementedError for tensors on the device.
+#pragma once
+
+#include "memdec.h"
+
+namespace memdec::cuda {
+
+template <class Op>
+struct Kernels {
+  Status (*run)(const Op&, const Launch&) = nullptr;
+  int64_t (*workspace_bytes)(const Op&) = nullptr;  // null: none, whatever the arguments
+};
+
+template <class Op>
+inline constexpr Kernels<Op> kernels{};
+
+#if MEMDEC_HAS_CUDA
+template <>
+inline constexpr Kernels<TokenLogProb> kernels<TokenLogProb>{token_log_prob, workspace_bytes};
+template <>
+inline constexpr Kernels<AlignmentLoss> kernels<AlignmentLoss>{alignment_loss, workspace_bytes};
+template <>
+inline constexpr Kernels<AlignmentGradient> kernels<AlignmentGradient>{alignment_gradient, workspace_bytes};
+#endif
+
+}  // namespace memdec::cuda
