@@ -1,4 +1,4 @@
-# make demo | test | test-real | test-cuda-host | cuda-kernels | bench | lint | wheel | clean      (each makes .venv first, with constraints.txt, when there is none)
+# make demo | test | test-real | bench | lint | wheel | clean      (each makes .venv first, with constraints.txt, when there is none)
 # make ext: only the extension, into python/memdec, for developers.
 # make test-cuda-host: the CUDA kernels run on the CPU, under sanitizers (needs no GPU and no nvcc).
 # make cuda-kernels: nvcc compiles every kernel for every architecture, and none spills registers (needs no GPU).
@@ -8,8 +8,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 THREADS ?= 2
-# Sources whose change means that the installed package is stale.
+# On a machine without a GPU the environment's own memdec goes without kernels for one: compiling them takes minutes.
+# `make wheel` builds them wherever there is an nvcc.
+CUDA ?= $(if $(wildcard /dev/nvidiactl),auto,off)
 CONFIGURE := PATH="$(abspath $(BIN)):$$PATH" cmake -S . -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(abspath $(BIN))/python" -Dpybind11_ROOT="$$($(BIN)/python -m pybind11 --cmakedir)"
+# Sources whose change means that the installed package is stale.
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
 .PHONY: demo test test-real test-cuda-host cuda-kernels bench lint wheel clean ext
@@ -26,7 +29,8 @@ $(VENV)/torch.stamp: constraints.txt
 $(VENV)/memdec.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@echo "Building memdec …"
 	$(PIP) scikit-build-core pybind11 ninja cmake
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation .
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation \
+		--config-settings=cmake.define.MEMDEC_CUDA=$(CUDA) --config-settings=cmake.define.MEMDEC_CUDA_ARCHITECTURES=native .
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/memdec.stamp
