@@ -259,3 +259,146 @@ def test_two_processes_and_one_folder(tiny_model_dir, text_dir, tmp_path):
         assert str(os.getpid()) in done.stderr
         assert not (out / "manifest.json").exists()
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "cuda:77"], "--device cpu"),
+        (["--device", "meta"], "--device cpu"),
+        (["--device", "no-such"], "--device cpu"),
+        (["--fractions", "nan,nan,nan"], "sum to 1"),
+        (["--fractions", "1,0,0"], "--validation"),
+        (["--temperature", "nan"], "temperature"),
+        (["--backend", "no-such"], "backend"),
+        (["--memory-limit", "much"], "memory_limit"),
+        (["--init", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_any_work(
+    memdec, capsys, tiny_model_dir, text_dir, tmp_path, options, said
+):
+    assert fit(memdec, tiny_model_dir, text_dir, tmp_path / "run", *options) == 1
+    assert said in complaint(capsys)
+    assert not (tmp_path / "run" / "datastore").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", "model", "text", "--out", ""],
+        ["corpus", "model", "", "--out", "run"],
+        ["evaluate", "--base", "model", "--text="],
+    ],
+)
+def test_an_empty_argument_is_not_this_folder(memdec, capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert memdec(*arguments) == 2
+    assert "empty" in complaint(capsys) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layer", ["model", "model.embed_tokens"])
+def test_a_layer_whose_input_is_no_key(memdec, capsys, tiny_model_dir, text_dir, tmp_path, layer):
+    assert fit(memdec, tiny_model_dir, text_dir, tmp_path / "run", "--layer", layer) == 1
+    assert "--layer" in complaint(capsys)
+
+
+def test_a_first_try_that_came_to_nothing_does_not_bar_the_second(memdec, capsys, tiny_model_dir, text_dir, tmp_path):
+    """What the message advises can be done in the same folder; what has rows is still refused other parameters."""
+    (tmp_path / "short.txt").write_text("a")
+    assert (
+        memdec("corpus", str(tiny_model_dir), str(tmp_path / "short.txt"), "--out", str(tmp_path / "run/corpus")) == 1
+    )
+    assert fit(memdec, tiny_model_dir, text_dir, tmp_path / "run", "--layers", "99") == 1
+    assert "wanted 1 to 2" in complaint(capsys)
+    assert fit(memdec, tiny_model_dir, text_dir, tmp_path / "run", "--layers", "1") == 0
+    assert fit(memdec, tiny_model_dir, text_dir, tmp_path / "run", "--layers", "2") == 1
+    assert "layers was 1, now 2" in complaint(capsys)
+
+
+# -- what memdec made --------------------------------------------------------------------------------------------------
+
+
+def test_what_memdec_made_is_no_text(memdec, capsys, tiny_model_dir, text_dir, tmp_path):
+    """Output within the text's folder is not read as text, so that the same command goes on."""
+    source = tmp_path / "text"
+    shutil.copytree(text_dir, source)
+    for _ in range(2):
+        assert fit(memdec, tiny_model_dir, source, source / "run") == 0
+    capsys.readouterr()
+    assert memdec("corpus", str(tiny_model_dir), str(source / "run/memory"), "--out", str(tmp_path / "other")) == 1
+    assert "holds" in complaint(capsys)
+
+
+def test_a_stage_without_its_manifest_is_not_whole(memdec, capsys, fitted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(fitted, run)
+    assert memdec("verify", str(run)) == 0
+    for name, lost in (("datastore", "manifest.json"), ("memory", "memory_config.json")):
+        (run / name / lost).unlink()
+    assert memdec("verify", str(run)) == 1
+    told = capsys.readouterr()
+    assert "datastore/manifest.json is missing" in told.out + told.err
+    assert "memory/memory_config.json is missing" in told.out + told.err
+
+
+def test_tokens_beyond_the_vocabulary_are_damage(memdec, capsys, tiny_model_dir, fitted, tmp_path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(fitted / "corpus", corpus)
+    content = bytearray((corpus / "train.safetensors").read_bytes())
+    content[-4096] ^= 0x40  # the third byte of a token
+    content[-4094] ^= 0x40
+    (corpus / "train.safetensors").write_bytes(content)
+    assert memdec("datastore", str(tiny_model_dir), str(corpus), "--out", str(tmp_path / "d")) == 1
+    assert "damaged" in complaint(capsys)
+
+
+def test_a_number_that_is_none_in_a_card(memdec, capsys, fitted, tmp_path):
+    memory = tmp_path / "memory"
+    shutil.copytree(fitted / "memory", memory)
+    card = memory / "memory_config.json"
+    card.write_text(card.read_text().replace('"alpha": ', '"alpha": NaN, "was": ', 1))
+    assert memdec("info", str(memory)) == 1
+    assert "NaN" in complaint(capsys)
+
+
+def test_an_evaluation_does_not_write_over_strangers(memdec, capsys, tiny_model_dir, fitted, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    asked = ["evaluate", "--base", str(tiny_model_dir), "--text", str(fitted / "corpus"), "--out", str(tmp_path)]
+    assert memdec(*asked) == 1
+    assert "report.html" in complaint(capsys) and (tmp_path / "report.html").read_text() == "mine"
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+def generate(memdec, model, memory, *options) -> int:
+    return memdec("--quiet", "generate", "--base", str(model), "--memory", str(memory), "--dtype", "float32", *options)
+
+
+def test_prompts_and_options_that_cannot_be(memdec, capsys, tiny_model_dir, fitted):
+    memory = fitted / "memory"
+    for alpha in ("2", "nan"):
+        assert generate(memdec, tiny_model_dir, memory, "the", "--alpha", alpha) == 1
+        assert "from 0" in complaint(capsys)
+    assert generate(memdec, tiny_model_dir, memory, "the", "--temperature", "1e-320") == 1
+    assert "temperature" in complaint(capsys)
+    assert generate(memdec, tiny_model_dir, memory, "the \udcff") == 1
+    assert "UTF-8" in complaint(capsys)
+    assert generate(memdec, tiny_model_dir, memory, "the court " * 400) == 1
+    assert "positions" in complaint(capsys)
+
+
+def test_weights_that_are_no_numbers_are_not_a_short_answer(
+    memdec, capsys, tiny_llama, tiny_tokenizer, fitted, tmp_path
+):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer.save_pretrained(tmp_path / "broken")
+    assert generate(memdec, tmp_path / "broken", fitted / "memory", "the", "--alpha", "0.5") == 1
+    assert "NaN" in complaint(capsys)

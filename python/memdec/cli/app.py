@@ -59,7 +59,7 @@ def global_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and detailed logs.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars, no remarks: only results.")] = False,
     threads: Annotated[
-        int, typer.Option("--threads", min=0, help="Processor threads to use; 0 leaves it to PyTorch.")
+        int, typer.Option("--threads", min=0, max=4096, help="Processor threads to use; 0 leaves it to PyTorch.")
     ] = 0,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
@@ -93,6 +93,17 @@ def set_threads(threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def refuse_empty(arguments: list[str]) -> None:
+    """Exit with a message where an argument is empty: a shell variable that is not set must not become this folder."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument == "--":
+            return
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            where = f" after {before}" if before else ""
+            typer.secho(f"An argument{where} is empty. Is a variable of the shell not set?", fg="red", err=True)
+            sys.exit(2)
 
 
 def hoist_global_options(arguments: list[str]) -> list[str]:

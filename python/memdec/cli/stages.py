@@ -16,7 +16,9 @@ Source = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; a run that was stopped there is continued.")]
 Fractions = Annotated[str, typer.Option(help="Shares of the documents for training, validation and test.")]
-Seed = Annotated[int, typer.Option(help="Another seed holds out other documents and shuffles otherwise.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Another seed holds out other documents and shuffles otherwise.")
+]
 TextField = Annotated[str, typer.Option(help="The field or column with the text, in .jsonl, .parquet and datasets.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that tokenise; the result does not depend on it.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Use at most so many tokens of the text.")]

@@ -15,6 +15,8 @@ from memdec.errors import MemdecError
 if TYPE_CHECKING:
     from memdec.evaluation.evaluate import EvaluationResult
 
+LEAST_TEMPERATURE = 0.001  # below, logits over it leave the range of float32
+
 Base = Annotated[str, typer.Option("--base", help="The base model: a folder, a hub id, or a .gguf file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: an accelerator if there is one.")]
@@ -53,13 +55,13 @@ def evaluate(
     per_document: Annotated[
         bool, typer.Option(help="Also count per document, as lm-evaluation-harness does (doubles the work).")
     ] = True,
-    max_tokens: Annotated[int | None, typer.Option(help="Measure only the leading documents.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Measure only the leading documents.")] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Continue this with base and mixture in the report; may be repeated.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="So many held-out documents' beginnings are continued too.")] = 3,
-    new_tokens: Annotated[int, typer.Option(help="Length of each continuation.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Windows a forward.")] = 4,
+    samples: Annotated[int, typer.Option(min=0, help="So many held-out documents' beginnings are continued too.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of each continuation.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward.")] = 4,
     dtype: Dtype = "auto",
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder for evaluation.json and report.html.")] = Path("evaluation"),
@@ -75,8 +77,10 @@ def evaluate(
       memdec evaluate --base model --memory run/memory --text run/corpus --datastore run/datastore
       memdec evaluate --base model --memory run/memory --text held-out.txt --compare base,memory --out report
     """
-    from memdec.evaluation.evaluate import METHODS
+    from memdec.evaluation.evaluate import METHODS, check_out
     from memdec.evaluation.evaluate import evaluate as measure
+
+    check_out(out)  # not after an hour of measuring
 
     if compare is None:
         wanted = [m for m in METHODS if (m != "memory" or memory) and (m != "knn-lm" or datastore)]
@@ -121,7 +125,7 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens with this mass.")
     ] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 is all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random draws.")] = 0,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", help="Show also what the base alone writes.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -136,7 +140,13 @@ def generate(
     """
     from memdec.evaluation.side_by_side import stream
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise MemdecError(f"--alpha {alpha}: wanted a weight from 0 (the base alone) to 1 (the memory alone).")
+    if not (temperature == 0 or temperature >= LEAST_TEMPERATURE):
+        raise MemdecError(
+            f"--temperature {temperature}: wanted 0 (the likeliest token) or {LEAST_TEMPERATURE} and more."
+        )
+    text = _prompt_text(prompt)
     if not text:
         raise MemdecError("The prompt is empty. Give some text to continue.")
     stream(
@@ -154,6 +164,21 @@ def generate(
         device=device,
         heading=_heading,
     )
+
+
+def _prompt_text(prompt: str) -> str:
+    """The prompt, or what standard input holds, as text.
+
+    Raises:
+        MemdecError: it is no UTF-8.
+    """
+    try:
+        if prompt == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        prompt.encode("utf-8")  # bytes that are none came in as lone surrogates
+    except UnicodeError:
+        raise MemdecError("The prompt is not UTF-8. Convert it, for example with iconv -t UTF-8.") from None
+    return prompt
 
 
 @guarded(resumable=True)

@@ -143,6 +143,7 @@ class EvaluationResult:
 
         from memdec.evaluation.report import render_report
 
+        check_out(folder)
         folder = make_folder(folder)
         content = self.to_json()
         # The page is drawn from the JSON and nothing else, so that every figure in it can be found there.
@@ -156,6 +157,19 @@ class EvaluationResult:
         write_file(paths["report"], page.encode("utf-8"))
         write_file(paths["log_probs"], save({name: part.contiguous() for name, part in self.log_probs.items()}))
         return paths
+
+
+def check_out(folder: str | Path) -> None:
+    """Raise ``MemdecError`` where an evaluation would write over files that are no earlier evaluation's."""
+    names = [name for name in ("evaluation.json", "report.html") if (Path(folder) / name).exists()]
+    if not names:
+        return
+    try:
+        ours = json.loads((Path(folder) / "evaluation.json").read_bytes())["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise MemdecError(f"{folder} has a {names[-1]} that memdec did not write. Choose another folder with --out.")
 
 
 def evaluate(

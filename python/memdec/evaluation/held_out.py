@@ -38,7 +38,7 @@ def load_held_out(source: str | Path, tokenizer: Any, split: str = "test") -> He
         texts.append(document.text)
         ids.append(tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"])
     held_out = join_documents(ids, texts, names, int(tokenizer.eos_token_id))
-    if held_out.num_tokens < 2:
+    if held_out.num_tokens < 2 or not any(text.strip() for text in texts):
         raise MemdecError(f"{source} holds no text to measure on ({len(names)} documents, all empty).")
     return held_out
 

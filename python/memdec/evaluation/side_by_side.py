@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -12,6 +13,8 @@ import torch
 
 from memdec.errors import MemdecError
 from memdec.evaluation.perplexity import HeldOutText
+
+LOGGER = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 48
 
@@ -94,6 +97,37 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+class RefuseNan:
+    """Among transformers' logits processors: raises ``MemdecError`` where the models give no probabilities."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if bool(scores.isnan().any()):
+            raise MemdecError(
+                "The models give no probabilities (NaN). The weights of one are damaged or its number type overflows: "
+                "check the models, or try --dtype float32."
+            )
+        return scores
+
+
+def new_tokens_that_fit(model: Any, prompt_tokens: int, wanted: int) -> int:
+    """How many of ``wanted`` new tokens both models have positions for.
+
+    Raises:
+        MemdecError: the prompt alone fills them.
+    """
+    found = [
+        getattr(part.config.get_text_config(), "max_position_embeddings", None) for part in (model.base, model.memory)
+    ]
+    positions = min((value for value in found if value is not None), default=prompt_tokens + wanted)
+    if prompt_tokens >= positions:
+        raise MemdecError(
+            f"The prompt has {prompt_tokens} tokens, the models have positions for {positions}. Give a shorter prompt."
+        )
+    if prompt_tokens + wanted > positions:
+        LOGGER.warning("writing %d tokens: the models have %d positions", positions - prompt_tokens, positions)
+    return min(wanted, positions - prompt_tokens)
+
+
 def stream(
     base: str | Path,
     memory: str | Path,
@@ -111,7 +145,7 @@ def stream(
     heading: Callable[[str], object],
 ) -> None:
     """Write the continuation of ``prompt`` to standard output as it comes; first the base's, if ``side_by_side``."""
-    from transformers import TextStreamer
+    from transformers import LogitsProcessorList, TextStreamer
 
     from memdec import MemoryModel
     from memdec.pipeline.embed import default_device
@@ -119,7 +153,12 @@ def stream(
     model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=device or default_device())
     tokenizer = model.tokenizer
     inputs: dict[str, Any] = encode(tokenizer, prompt, model.device)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    room = new_tokens_that_fit(model, inputs["input_ids"].shape[1], max_new_tokens)
+    options: dict[str, Any] = {
+        "max_new_tokens": room,
+        "do_sample": temperature > 0,
+        "logits_processor": LogitsProcessorList([RefuseNan()]),
+    }
     if temperature > 0:
         options.update(temperature=temperature, top_p=top_p, top_k=top_k)
 

@@ -62,5 +62,10 @@ def hidden_and_keys(
             "a position; name another module with --layer."
         )
     keys = captured[0]
+    if not keys.is_floating_point() or keys.shape[:-1].numel() != input_ids.numel():
+        raise MemdecError(
+            f"the input of the module {name} is {tuple(keys.shape)} of {keys.dtype}, not one key of numbers for each "
+            f"of {input_ids.numel()} positions; name another module with --layer."
+        )
     # Some models flatten the positions before their MLP.
     return hidden, keys.reshape(*input_ids.shape, keys.shape[-1])

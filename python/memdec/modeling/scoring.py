@@ -217,6 +217,7 @@ def load_causal_lm(
     """
     if isinstance(source, nn.Module):
         return source if device is None else source.to(device)
+    check_device(device)
     folder, options = locate(source)
     chosen = choose_dtype(dtype, device)
     LOGGER.info("loading %s in %s", Path(source).name, chosen)
@@ -252,6 +253,22 @@ def forget_quantisation(model: Any) -> None:
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         if attribute in vars(model):
             delattr(model, attribute)
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raise ``MemdecError`` unless tensors can be put on `device`."""
+    if device is None:
+        return
+    try:
+        usable = torch.empty(1, device=device).device.type != "meta"
+        reason = "it holds no numbers"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        usable, reason = False, first_line(error)
+    if not usable:
+        raise MemdecError(
+            f"--device {device}: it cannot be used here ({reason.rstrip('.')}). "
+            "Use --device cpu, or leave --device out."
+        )
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None) -> torch.dtype:

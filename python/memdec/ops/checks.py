@@ -28,6 +28,8 @@ def tensor(name: str, value: object) -> None:
     """``value`` is a tensor on a device that has kernels."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {value.layout}, wanted a dense one; convert with .to_dense()")
     if not value.is_cpu:
         check_device(name, value)
 

@@ -162,7 +162,8 @@ def build_corpus(
 
 
 def _check(fractions: Sequence[float], workers: int, max_tokens: int | None) -> None:
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9 or fractions[0] == 0:
+    # Asked this way round, NaN is refused as well.
+    if not (len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-9 and fractions[0] > 0):
         raise MemdecError(
             "fractions must be three numbers for train, validation and test that sum to 1, the first above 0; "
             f"got {fractions}"

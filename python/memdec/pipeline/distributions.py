@@ -90,10 +90,7 @@ def build_distributions(
         datastore = Datastore.open(datastore)
     out = Path(out)
     backend = backend.lower()
-    if backend not in BACKENDS:
-        raise MemdecError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
-    if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
-        raise MemdecError(f"temperature: got {temperature}, wanted a number above 0")
+    limit = check_search(temperature, backend, memory_limit)
     if not 0 <= min_prob < 1:
         raise MemdecError(f"min_prob: got {min_prob}, wanted a probability below 1")
     if max_tokens is not None and max_tokens < 1:
@@ -107,7 +104,6 @@ def build_distributions(
             "The temperature cannot be chosen: the datastore has no validation rows. Pass a temperature "
             "(--temperature), or make the datastore of a corpus with a validation split."
         )
-    limit = parse_bytes(memory_limit)
     fields = {
         "datastore": datastore.manifest.checksum,
         "model": datastore.model,
@@ -157,6 +153,19 @@ def build_distributions(
                 writer.append(part)
                 advance(stop - start)
         return writer.finish(_recall(search, k) if found is not None else None)
+
+
+def check_search(temperature: float | None, backend: str, memory_limit: str | int) -> int:
+    """The memory limit in bytes.
+
+    Raises:
+        MemdecError: a setting of the search that cannot be.
+    """
+    if backend.lower() not in BACKENDS:
+        raise MemdecError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
+    if temperature is not None and not (temperature > 0 and math.isfinite(temperature)):
+        raise MemdecError(f"temperature: got {temperature}, wanted a number above 0")
+    return parse_bytes(memory_limit)
 
 
 @dataclass(frozen=True)

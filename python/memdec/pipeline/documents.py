@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from memdec.errors import MemdecError
+from memdec.stores.manifest import MANIFEST_NAME
+from memdec.stores.memory import CARD_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ def read_documents(source: str | Path, *, text_field: str = "text") -> Callable[
             return _saved_dataset_documents(path, text_field)
         files = _files_in(path)
         return lambda: (document for file, inner in files for document in _file_documents(file, inner, text_field))
+    if path.exists() and not path.is_file():
+        raise MemdecError(f"{source} is neither a file nor a folder. Give a file or a folder of text.")
     if path.exists():
         return lambda: _file_documents(path, path.name, text_field)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not name.endswith(SUFFIXES):
@@ -89,10 +93,17 @@ def _files_in(folder: Path) -> list[tuple[Path, str]]:
             folders.clear()
             continue
         seen.add(real)
+        if _is_ours(Path(place), names):
+            logger.warning("%s was made by memdec and is left out", place)
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(place, name)
-            if name.startswith(".") or not path.is_file():
+            if name.startswith("."):
+                continue
+            if not path.is_file():
+                skipped["no file or a broken link"] = skipped.get("no file or a broken link", 0) + 1
                 continue
             if name.lower().endswith(SUFFIXES):
                 found.append((path, path.relative_to(folder).as_posix()))
@@ -107,6 +118,18 @@ def _files_in(folder: Path) -> list[tuple[Path, str]]:
         logger.warning("%s: files of other kinds are left out: %s", folder, kinds)
     # By bytes: the order must not depend on the locale.
     return sorted(found, key=lambda entry: os.fsencode(entry[1]))
+
+
+def _is_ours(folder: Path, names: list[str]) -> bool:
+    """Whether memdec made ``folder``: its output may lie within the text that it was made of."""
+    if {CARD_NAME, "training.json", "evaluation.json"} & set(names):
+        return True
+    try:
+        return MANIFEST_NAME in names and str(json.loads((folder / MANIFEST_NAME).read_bytes())["format"]).startswith(
+            "memdec."
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _file_documents(path: Path, name: str, text_field: str) -> Iterator[Document]:

@@ -103,7 +103,7 @@ def build_datastore(
         context = min(DEFAULT_CONTEXT, (_positions(model) or DEFAULT_CONTEXT) + 1)
     cut = windows(train.num_tokens, context, stride)
     validation = _spread(windows(held_out.num_tokens, context, stride), validation_rows)
-    _check_fits(model, [train, held_out], [*cut[:1], *validation[:1]])
+    check_fits(model, [train, held_out], [*cut[:1], *validation[:1]])
     was_training = model.training
     model.eval()
     try:
@@ -258,7 +258,7 @@ def _positions(model: nn.Module) -> int | None:
     return found
 
 
-def _check_fits(model: nn.Module, splits: list[TokenSplit], longest: list[Window]) -> None:
+def check_fits(model: nn.Module, splits: list[TokenSplit], longest: list[Window]) -> None:
     """Refuse text that the model cannot read: ids beyond its embedding, windows beyond its positions."""
     positions = _positions(model)
     length = max(window.stop - window.start - 1 for window in longest)

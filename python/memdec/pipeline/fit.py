@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from memdec.errors import MemdecError
+from memdec.modeling.scoring import check_device
+from memdec.modeling.tokenizers import compare, load_tokenizer
 from memdec.pipeline.corpus import build_corpus
-from memdec.pipeline.distributions import build_distributions
+from memdec.pipeline.distributions import build_distributions, check_search
 from memdec.pipeline.embed import build_datastore, default_device
 from memdec.pipeline.train import Settings, train_memory
 
@@ -142,7 +144,17 @@ def fit(
         "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing,
     }
-    Settings(**training).check()  # not after an hour of embedding
+    # Not after an hour of embedding.
+    Settings(**training).check()
+    check_device(device)
+    check_search(temperature, backend, memory_limit)
+    if init is not None:
+        compare(load_tokenizer(model), load_tokenizer(init), base_name=str(model), memory_name=str(init))
+    if temperature is None and validation is None and fractions[1] == 0:
+        raise MemdecError(
+            "The temperature and alpha are chosen on validation text, and --fractions leaves none. "
+            "Give it a share, or a text of its own with --validation."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MemdecError(
             "fit runs in one process. Run the stages before training alone, then "

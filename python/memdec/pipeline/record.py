@@ -18,6 +18,11 @@ from memdec.stores.manifest import difference, read_checked_text, to_checked_tex
 VERSION = 1
 
 
+def _others(path: Path) -> list[Path]:
+    """What stands beside the record but hidden files: what its run has made."""
+    return [other for other in path.parent.iterdir() if other != path and not other.name.startswith(".")]
+
+
 @dataclass
 class Record:
     """A small checked JSON file.
@@ -52,6 +57,11 @@ class Record:
             return record
         record = cls.read(path, format)
         changed = difference(record.fields, fields)
+        if changed and not record.complete and not _others(path):
+            # A first try that came to nothing must not stand in the way of the corrected one.
+            record = cls(path, format, fields)
+            record.save()
+            return record
         if changed:
             raise MemdecError(
                 f"{path.parent} was made with other parameters: {changed}. Use the same parameters to continue it, "

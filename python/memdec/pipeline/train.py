@@ -48,6 +48,7 @@ from memdec.pipeline.checkpoints import (
     save_model,
     write_folder,
 )
+from memdec.pipeline.embed import check_fits
 from memdec.pipeline.initialise import initialise
 from memdec.pipeline.master_weights import MasterWeights
 from memdec.pipeline.processes import Processes, join_processes
@@ -268,13 +269,14 @@ def _train(
             LOGGER.info("the memory in %s is finished; nothing to do", memory)
         return memory
     run = Run(folder, settings, plan, processes, save_every, corpus, store)
-    run.base_log_prob = base_log_probs(base, run)
     if processes.first and not (folder / "start").exists():
         start = initialise(init, layers=settings.layers, calibration=plan.calibration, context=plan.context,
                            device=processes.device)  # fmt: skip
+        check_fits(start, [corpus.split("train")], [*plan.windows[:1], *plan.held_out_windows[:1]])
         save_model(start, folder / "start")
         del start
     processes.wait()
+    run.base_log_prob = base_log_probs(base, run)
     with torch.random.fork_rng([processes.device] if processes.device.type == "cuda" else []):
         steps(run, tensorboard=tensorboard)
     if processes.first and record is not None:
@@ -398,6 +400,7 @@ def base_log_probs(base: str | os.PathLike[str], run: Run) -> Tensor:
     if run.processes.agree(path.exists()):
         return torch.from_numpy(map_tensors(path)["log_prob"])
     model = load_causal_lm(base, dtype=run.settings.dtype, device=run.processes.device)
+    check_fits(model, [run.corpus.split("validation")], run.plan.held_out_windows[:1])
     scores = score_held_out(model, run, "Scoring with the base")
     if run.processes.first:
         write_tensors(path, {"log_prob": scores.numpy()})

@@ -105,6 +105,8 @@ class Corpus:
         if not {"tokens", "document_starts", "names"} <= arrays.keys():
             raise MemdecError(f"{path} is not a split of a corpus. {REMEDY}")
         tokens, starts = torch.from_numpy(arrays["tokens"]), torch.from_numpy(arrays["document_starts"])
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            raise MemdecError(f"{path} is damaged: it holds tokens that its vocabulary does not have. {REMEDY}")
         return TokenSplit(tokens, starts, arrays["names"])
 
 

@@ -117,7 +117,8 @@ class Manifest:
     def start(cls, folder: str | Path, *, format: str, version: int, fields: dict[str, Any]) -> Manifest:
         """Begin an artefact in ``folder``, or take up the one that a run with the same ``fields`` has left there.
 
-        Call it under the folder's lock. The caller looks at ``shards`` and ``complete`` for what is done already.
+        Call it under the folder's lock. The caller looks at ``shards`` and ``complete`` for what is done already. What
+        was begun with other ``fields`` but has no rows yet is begun anew.
 
         Raises:
             MemdecError: the folder holds an artefact made with other parameters (the message says which), or other
@@ -129,6 +130,9 @@ class Manifest:
         if (folder / MANIFEST_NAME).exists():
             manifest = cls.load(folder, format=format, version=version)
             changed = difference(manifest.fields, fields)
+            if changed and not manifest.complete and manifest.rows == 0:
+                # A first try that came to nothing must not stand in the way of the corrected one.
+                return cls._begin(folder, format, version, fields)
             if changed:
                 raise MemdecError(
                     f"{folder} was made with other parameters: {changed}. "
@@ -142,7 +146,12 @@ class Manifest:
                 f"{folder} holds files but no {MANIFEST_NAME} ({shown}), "
                 "so it is not an artefact of memdec. Choose another folder or empty this one."
             )
+        return cls._begin(folder, format, version, fields)
+
+    @classmethod
+    def _begin(cls, folder: Path, format: str, version: int, fields: dict[str, Any]) -> Manifest:
         manifest = cls(format, version, fields)
+        manifest.discard_unlisted(folder)
         manifest.save(folder)
         return manifest
 
@@ -295,7 +304,7 @@ def read_checked_text(path: Path, *, format: str | None, version: int | None) ->
     except OSError as error:
         raise MemdecError(f"Cannot read {path}: {error.strerror}.") from None
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_refuse_constant)
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         found_format, found_version, checksum = str(content["format"]), content["version"], content.pop("checksum")
@@ -313,6 +322,10 @@ def read_checked_text(path: Path, *, format: str | None, version: int | None) ->
             f"{path} is damaged: its own checksum differs. Files of memdec cannot be edited by hand. {REMEDY}"
         )
     return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number")
 
 
 def _article(format: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from memdec.errors import MemdecError
 from memdec.stores import manifest, memory
 
+PARTS = ("corpus", "datastore", "distributions", "memory")  # what `fit` makes, and what its folder is judged by
+
 
 def verify(folder: str | Path) -> list[str]:
     """Read every byte of the artefact, the memory, or the folder of artefacts, and compare it with the checksums.
@@ -35,6 +37,10 @@ def verify(folder: str | Path) -> list[str]:
             problems += [f"{name}/{problem}" for problem in verify(part)]
         except MemdecError as error:  # one that cannot even be read must not hide what is wrong with the others
             problems.append(str(error))
+    for name in PARTS:
+        if folder / name not in parts and any((folder / name).glob("*.safetensors")):
+            lost = memory.CARD_NAME if name == "memory" else manifest.MANIFEST_NAME
+            problems.append(f"{name}/{lost} is missing, so nothing tells whether the rest of {name} is whole")
     return problems
 
 
