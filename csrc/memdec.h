@@ -141,6 +141,7 @@ struct AggregateNeighbors {
   int32_t* out_ids;          // room for N · min(k, vocab_size, max_tokens if any)
   float* out_probs;          // the same
   float* residual;           // (N,) the mass that was cut
+  int64_t* pairs;            // (1,) out, in the host's memory: out_indptr[N]. Left alone by the CPU's kernel, whose caller can read that
 };
 Status aggregate_neighbors(const AggregateNeighbors& op, const Launch& launch);
 
@@ -267,6 +268,8 @@ const char* const* simd_levels_built();       // null-terminated
 namespace cuda {
 Status token_log_prob(const TokenLogProb& op, const Launch& launch);
 int64_t workspace_bytes(const TokenLogProb& op);
+Status aggregate_neighbors(const AggregateNeighbors& op, const Launch& launch);  // waits for its kernels: indices are checked as on the CPU
+int64_t workspace_bytes(const AggregateNeighbors& op);
 }  // namespace cuda
 
 }  // namespace memdec

@@ -16,6 +16,8 @@ inline constexpr Kernels<Op> kernels{};
 
 #if MEMDEC_HAS_CUDA
 template <>
+inline constexpr Kernels<AggregateNeighbors> kernels<AggregateNeighbors>{aggregate_neighbors, workspace_bytes};
+template <>
 inline constexpr Kernels<TokenLogProb> kernels<TokenLogProb>{token_log_prob, workspace_bytes};
 #endif
 

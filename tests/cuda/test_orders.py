@@ -17,10 +17,25 @@ def logits(rows: int = 5, vocab: int = 16401) -> torch.Tensor:
     return (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
 
 
+def aggregated(rows: int, k: int, **cuts: float) -> list[torch.Tensor]:
+    """Neighbours of which a third share a token, and some are absent."""
+    generator = torch.Generator().manual_seed(k)
+    distances = torch.randint(0, 60, (rows, k), generator=generator).float()
+    tokens = torch.randint(-1, 2 * k, (rows, k), generator=generator)
+    tokens[:, ::3] = 7
+    q = ops.aggregate_neighbors(distances, tokens, temperature=9.0, vocab_size=50257, **cuts)  # type: ignore[arg-type]
+    return [q.indptr, q.token_ids, q.probs, q.residual]  # type: ignore[list-item]
+
+
 # name → what it computes, as a list of tensors; a row of 16401 is three spans, and few rows are split over blocks.
 CASES = {
     "token_log_prob": lambda: [ops.token_log_prob(logits(), TARGETS)],
     "token_log_prob of many rows": lambda: [ops.token_log_prob(logits(300, 100), torch.arange(300) % 100)],
+    "aggregate_neighbors in registers": lambda: aggregated(9, 1000),
+    "aggregate_neighbors of many tiles": lambda: aggregated(150, 50, min_prob=0.01),
+    "aggregate_neighbors in registers, cut": lambda: aggregated(5, 200, max_tokens=30, min_prob=1e-4),
+    "aggregate_neighbors in shared memory": lambda: aggregated(3, 1500, max_tokens=200),
+    "aggregate_neighbors in the workspace": lambda: aggregated(2, 8200),
 }
 
 
