@@ -61,7 +61,7 @@ test-real: $(VENV)/test.stamp $(VENV)/demo.stamp
 test-cuda-host: $(VENV)/test.stamp
 	$(CONFIGURE) -B build/cuda-host -DMEMDEC_CUDA=host
 	cmake --build build/cuda-host
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest --cuda=host -n 2 tests/ops tests/cuda
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest --cuda=host -n 2 tests/ops tests/cuda tests/pipeline/test_search.py
 
 cuda-kernels: $(VENV)/memdec.stamp
 	$(CONFIGURE) -B build/cuda-kernels -DMEMDEC_CUDA=on

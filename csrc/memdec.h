@@ -150,7 +150,7 @@ struct TopkBuffers {
   uint64_t* keys;     // (rows, capacity) candidates, in no order
   int32_t* counts;    // (rows,)
   float* thresholds;  // (rows,) what a further candidate must stay below
-  int64_t capacity;   // at least keep + 32
+  int64_t capacity;   // at least keep + 32; on CUDA at least 2 · keep and keep + 1024
   int64_t keep;       // how many candidates outlive a cut
 };
 
@@ -270,6 +270,10 @@ Status token_log_prob(const TokenLogProb& op, const Launch& launch);
 int64_t workspace_bytes(const TokenLogProb& op);
 Status aggregate_neighbors(const AggregateNeighbors& op, const Launch& launch);  // waits for its kernels: indices are checked as on the CPU
 int64_t workspace_bytes(const AggregateNeighbors& op);
+Status topk_filter_prepare(const TopkFilterPrepare& op, const Launch& launch);
+Status topk_filter_update(const TopkFilterUpdate& op, const Launch& launch);
+Status topk_filter_refine(const TopkFilterRefine& op, const Launch& launch);
+Status topk_filter_select(const TopkFilterSelect& op, const Launch& launch);
 }  // namespace cuda
 
 }  // namespace memdec

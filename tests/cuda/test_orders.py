@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memdec import build_info, ops
+from memdec.pipeline import search
 
 pytestmark = pytest.mark.skipif(build_info()["cuda"] != "host", reason="needs --cuda=host")
 
@@ -25,6 +26,23 @@ def aggregated(rows: int, k: int, **cuts: float) -> list[torch.Tensor]:
     tokens[:, ::3] = 7
     q = ops.aggregate_neighbors(distances, tokens, temperature=9.0, vocab_size=50257, **cuts)  # type: ignore[arg-type]
     return [q.indptr, q.token_ids, q.probs, q.residual]  # type: ignore[list-item]
+
+
+class Rows:
+    """1500 stored rows in two shards, each twice, so that distances are equal by pairs."""
+
+    num_rows, dim, shard_bounds = 1500, 20, [(0, 700), (700, 1500)]
+    stored = torch.randn(750, 20, generator=torch.Generator().manual_seed(0)).half().repeat(2, 1)
+
+    def keys(self, start: int, stop: int) -> torch.Tensor:
+        return self.stored[start:stop]
+
+
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Twice the columns that the filter takes at a time, and a buffer that they fill."""
+    monkeypatch.setattr(search, "_KEY_BLOCK", 1500)
+    monkeypatch.setattr(search, "_capacity", lambda keep, _: keep + max(keep, 1024))
+    return list(search.search_exact(Rows.stored[::90], Rows(), 40, exclude_rows=torch.arange(0, 1500, 90)))  # type: ignore[arg-type]
 
 
 # name → what it computes, as a list of tensors; a row of 16401 is three spans, and few rows are split over blocks.
@@ -48,3 +66,13 @@ def test_the_order_changes_nothing(monkeypatch, device, name):
     for result in results[1:]:
         for mine, first in zip(result, results[0], strict=True):
             torch.testing.assert_close(mine, first, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_order_changes_no_search(monkeypatch, device):
+    """What is pushed stands in the buffers in the order of the threads; what is found must not."""
+    results = []
+    for order in ORDERS:
+        monkeypatch.setenv("MEMDEC_EXECUTOR_ORDER", order)
+        results.append(searched(monkeypatch))
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
