@@ -57,11 +57,14 @@ test-real: $(VENV)/test.stamp $(VENV)/demo.stamp
 	$(BIN)/python -m pytest -m real tests
 
 # AddressSanitizer must be the first library of the process that loads what it watches, with libstdc++ beside it for its
-# exceptions to be found; torch itself leaks at exit.
+# exceptions to be found; torch itself leaks at exit. What the sanitizers say goes to files, since pytest holds back the output
+# of a process that ends with it.
 test-cuda-host: $(VENV)/test.stamp
 	$(CONFIGURE) -B build/cuda-host -DMEMDEC_CUDA=host
 	cmake --build build/cuda-host
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest --cuda=host -n 2 tests/ops tests/cuda tests/pipeline/test_search.py
+	rm -f build/cuda-host/report.*
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0:log_path=$(abspath build/cuda-host/report) UBSAN_OPTIONS=print_stacktrace=1:log_path=$(abspath build/cuda-host/report) \
+		$(BIN)/python -m pytest --cuda=host -n 2 tests/ops tests/cuda tests/pipeline/test_search.py || { cat build/cuda-host/report.* 2>/dev/null; false; }
 
 cuda-kernels: $(VENV)/memdec.stamp
 	$(CONFIGURE) -B build/cuda-kernels -DMEMDEC_CUDA=on

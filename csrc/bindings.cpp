@@ -193,7 +193,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("alignment_loss", [](const Rows& logits, uintptr_t labels, int64_t ignore_index, const SparseRows& teacher, double beta,
                              int reduction, uintptr_t total, uintptr_t kl, uintptr_t ce, uintptr_t max, uintptr_t sum,
-                             const Rows& grad, double grad_scale, const Launch& launch) {
+                             const Rows& grad, uintptr_t grad_weight, const Launch& launch) {
     return run("alignment_loss", memdec::alignment_loss,
         {.logits = logits,
          .labels = pointer<const int64_t>(labels),
@@ -207,7 +207,7 @@ PYBIND11_MODULE(_C, m) {
          .max = pointer(max),
          .sum = pointer(sum),
          .grad = grad,
-         .grad_scale = grad_scale},
+         .grad_weight = pointer(grad_weight)},
         launch);
   });
 

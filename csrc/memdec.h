@@ -106,8 +106,8 @@ struct AlignmentLoss {
   void* ce;     // out, as total
   void* max;    // (N,) out, or null: max and sum of exp(z − max) of each row, which alignment_gradient needs
   void* sum;    // (N,) out, or null
-  Rows grad;    // (N, V) out, of the logits' dtype, or data null: grad_scale · d total / d logits; may be the logits themselves
-  double grad_scale;
+  Rows grad;    // (N, V) out, of the logits' dtype, or data null: grad_weight · d total / d logits; may be the logits themselves
+  const void* grad_weight;  // (1,) a factor of the gradient, or null: 1
 };
 Status alignment_loss(const AlignmentLoss& op, const Launch& launch);
 
@@ -274,6 +274,10 @@ Status topk_filter_prepare(const TopkFilterPrepare& op, const Launch& launch);
 Status topk_filter_update(const TopkFilterUpdate& op, const Launch& launch);
 Status topk_filter_refine(const TopkFilterRefine& op, const Launch& launch);
 Status topk_filter_select(const TopkFilterSelect& op, const Launch& launch);
+Status alignment_loss(const AlignmentLoss& op, const Launch& launch);
+int64_t workspace_bytes(const AlignmentLoss& op);
+Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);
+int64_t workspace_bytes(const AlignmentGradient& op);
 }  // namespace cuda
 
 }  // namespace memdec

@@ -258,7 +258,8 @@ Status alignment_loss(const AlignmentLoss& op, const Launch& launch) {
       if (max) max[r] = state.max;
       if (sum) sum[r] = state.sum;
     };
-    const auto weight_of = [&](int64_t) { return static_cast<A>(op.grad_scale * share); };
+    const double grad_weight = op.grad_weight ? static_cast<double>(*static_cast<const A*>(op.grad_weight)) : 1.0;
+    const auto weight_of = [&](int64_t) { return static_cast<A>(grad_weight * share); };
 
     const Run<T> run{logits, op.grad, op.labels, op.ignore_index, op.teacher, beta};
     if (rows_are_few(logits, launch.threads)) {

@@ -27,6 +27,10 @@ template <>
 inline constexpr Kernels<TopkFilterRefine> kernels<TopkFilterRefine>{topk_filter_refine};
 template <>
 inline constexpr Kernels<TopkFilterSelect> kernels<TopkFilterSelect>{topk_filter_select};
+template <>
+inline constexpr Kernels<AlignmentLoss> kernels<AlignmentLoss>{alignment_loss, workspace_bytes};
+template <>
+inline constexpr Kernels<AlignmentGradient> kernels<AlignmentGradient>{alignment_gradient, workspace_bytes};
 #endif
 
 }  // namespace memdec::cuda

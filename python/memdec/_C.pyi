@@ -22,7 +22,7 @@ def alignment_loss(
     max: int,
     sum: int,
     grad: _Rows,
-    grad_scale: float,
+    grad_weight: int,
     launch: _Launch,
     /,
 ) -> int: ...

@@ -31,6 +31,17 @@ __global__ void missing_barrier(int* out) {
   shared<Scratch>().value[threadIdx.x] = static_cast<int>(threadIdx.x);
   out[threadIdx.x] = shared<Scratch>().value[63 - threadIdx.x];
 }
+__global__ void missing_barrier_between_two_uses(int* out) {
+  int& word = shared<Scratch>().value[threadIdx.x / 32];
+  int sum = 0;
+  for (int round = 1; round < 3; ++round) {
+    const int mine = reduce_warp(round, [](int a, int b) { return a + b; });
+    if (threadIdx.x % 32 == 0) word = mine;
+    __syncthreads();
+    sum = 10 * sum + shared<Scratch>().value[0] + shared<Scratch>().value[1];
+  }
+  out[threadIdx.x] = sum;
+}
 __global__ void diverging_barrier(int* out) {
   if (threadIdx.x < 40) __syncthreads();
   else __syncthreads();
@@ -49,7 +60,8 @@ __global__ void two_blocks_one_place(int* out) { out[0] = static_cast<int>(block
 
 int main(int, char** argument) {
   const struct { const char* name; void (*kernel)(int*); } all[] = {
-      {"right", right}, {"missing_barrier", missing_barrier}, {"diverging_barrier", diverging_barrier},
+      {"right", right}, {"missing_barrier", missing_barrier},
+      {"missing_barrier_between_two_uses", missing_barrier_between_two_uses}, {"diverging_barrier", diverging_barrier},
       {"early_exit", early_exit}, {"half_a_warp", half_a_warp}, {"out_of_bounds", out_of_bounds},
       {"two_blocks_one_place", two_blocks_one_place}};
   int out[64] = {};
@@ -90,6 +102,10 @@ def test_a_right_kernel_gives_the_same_in_every_order(program):
 def test_a_missing_barrier_shows_as_a_result_that_depends_on_the_order(program):
     results = outputs(program, "missing_barrier")
     assert len(set(results)) > 1 and "-1" in results[0].split()  # what was not written yet is poison
+
+
+def test_a_warp_runs_ahead_of_another_into_what_that_one_still_reads(program):
+    assert len(set(outputs(program, "missing_barrier_between_two_uses"))) > 1
 
 
 def test_blocks_that_write_one_place_show_too(program):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memdec import build_info, ops
+from memdec import SparseDistributions, build_info, ops
 from memdec.pipeline import search
 
 pytestmark = pytest.mark.skipif(build_info()["cuda"] != "host", reason="needs --cuda=host")
@@ -24,8 +24,8 @@ def aggregated(rows: int, k: int, **cuts: float) -> list[torch.Tensor]:
     distances = torch.randint(0, 60, (rows, k), generator=generator).float()
     tokens = torch.randint(-1, 2 * k, (rows, k), generator=generator)
     tokens[:, ::3] = 7
-    q = ops.aggregate_neighbors(distances, tokens, temperature=9.0, vocab_size=50257, **cuts)  # type: ignore[arg-type]
-    return [q.indptr, q.token_ids, q.probs, q.residual]  # type: ignore[list-item]
+    q = ops.aggregate_neighbors(distances, tokens, temperature=9.0, vocab_size=50257, **cuts)
+    return [q.indptr, q.token_ids, q.probs, q.residual]
 
 
 class Rows:
@@ -42,7 +42,21 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Twice the columns that the filter takes at a time, and a buffer that they fill."""
     monkeypatch.setattr(search, "_KEY_BLOCK", 1500)
     monkeypatch.setattr(search, "_capacity", lambda keep, _: keep + max(keep, 1024))
-    return list(search.search_exact(Rows.stored[::90], Rows(), 40, exclude_rows=torch.arange(0, 1500, 90)))  # type: ignore[arg-type]
+    return list(search.search_exact(Rows.stored[::90], Rows(), 40, exclude_rows=torch.arange(0, 1500, 90)))
+
+
+def alignment(rows: int, vocab: int, **options: bool) -> list[torch.Tensor]:
+    """Losses and gradient against teachers of 40 tokens, every fourth label ignored."""
+    leaf = logits(rows, vocab).requires_grad_()
+    labels = torch.arange(rows) * 31 % vocab
+    labels[::4] = -100
+    dense = torch.zeros(rows, vocab)
+    dense[:, 5 : 5 + 40 * (vocab // 41) : vocab // 41] = 0.02
+    dense[1, labels[1]] = 0.1
+    loss = ops.alignment_loss(leaf, labels, SparseDistributions.from_dense(dense), **options)
+    loss.total.backward()
+    assert leaf.grad is not None
+    return [*loss, leaf.grad]
 
 
 # name → what it computes, as a list of tensors; a row of 16401 is three spans, and few rows are split over blocks.
@@ -54,6 +68,9 @@ CASES = {
     "aggregate_neighbors in registers, cut": lambda: aggregated(5, 200, max_tokens=30, min_prob=1e-4),
     "aggregate_neighbors in shared memory": lambda: aggregated(3, 1500, max_tokens=200),
     "aggregate_neighbors in the workspace": lambda: aggregated(2, 8200),
+    "alignment_loss": lambda: alignment(5, 16401),
+    "alignment_loss in place": lambda: alignment(5, 16401, grad_in_place=True),
+    "alignment_loss in place of many rows": lambda: alignment(257, 301, grad_in_place=True),
 }
 
 

@@ -12,23 +12,30 @@ SIMD_LEVELS = ["portable", "avx2", "avx512"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`device` is every device that has kernels here, `simd` every SIMD level of the CPU's.
+    """`device` is every device that has kernels here, `simd` every SIMD level of the CPU's, `on_cuda` whether the CUDA
+    kernels run.
 
-    Run on the host (--cuda=host), CUDA kernels take CPU tensors, and the CPU's SIMD levels have no part in it.
+    With --cuda=host these take CPU tensors, and the CPU's SIMD levels have no part in it. On CUDA an index out of range
+    raises nothing: nobody waits for the values.
     """
     from memdec import build_info
 
     host = build_info()["cuda"] == "host"
-    levels = ["portable"] if host else SIMD_LEVELS
-    devices = ["cuda"] if torch.cuda.is_available() and build_info()["cuda"] == "on" else []
-    wanted = [name for name in ("simd", "device") if name in metafunc.fixturenames]
-    if wanted == ["simd", "device"]:
-        cases = [(level, "cpu") for level in levels] + [("portable", device) for device in devices]
-        metafunc.parametrize("simd, device", cases, indirect=["simd"], ids="-".join)
-    elif wanted == ["simd"]:
-        metafunc.parametrize("simd", levels, indirect=True)
-    elif wanted == ["device"]:
-        metafunc.parametrize("device", ["cpu", *devices])
+    cases = [{"simd": level, "device": "cpu", "on_cuda": host} for level in (["portable"] if host else SIMD_LEVELS)]
+    if torch.cuda.is_available() and build_info()["cuda"] == "on":
+        cases.append({"simd": "portable", "device": "cuda", "on_cuda": True})
+    names = [name for name in ("simd", "device", "on_cuda") if name in metafunc.fixturenames]
+    if "simd" not in names:
+        cases = [case for case in cases if case["simd"] == "portable"]
+    elif "device" not in names:
+        cases = [case for case in cases if case["device"] == "cpu"]
+    if names:
+        metafunc.parametrize(
+            names,
+            [[case[name] for name in names] for case in cases],
+            indirect=[name for name in names if name == "simd"],
+            ids=["-".join(str(case[name]) for name in names if name != "on_cuda") for case in cases],
+        )
 
 
 @pytest.fixture
@@ -43,11 +50,3 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"no {request.param} here")
     yield request.param
     _C.set_simd_level(before)
-
-
-@pytest.fixture
-def on_cuda(device: str) -> bool:
-    """Whether the CUDA kernels run, be it on the host. They cannot raise for indices: nobody waits for their values."""
-    from memdec import build_info
-
-    return device == "cuda" or build_info()["cuda"] == "host"

@@ -28,7 +28,7 @@ def random_teacher(generator: torch.Generator, num_rows: int, vocab: int, tokens
     return SparseDistributions.from_dense(dense)
 
 
-def problem(dtype, num_rows, vocab, *, seed=0, offset=0.0):
+def problem(dtype, num_rows, vocab, *, seed=0, offset=0.0, device="cpu"):
     """Logits with a spread of 3, teachers of 65 tokens with an empty row and one with mass cut, one ignored label."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(num_rows, vocab, generator=generator, dtype=torch.float64) * 3 + offset).to(dtype)
@@ -38,7 +38,7 @@ def problem(dtype, num_rows, vocab, *, seed=0, offset=0.0):
         labels[0] = -100
         if teacher.indptr[2] > teacher.indptr[1]:
             labels[1] = int(teacher.token_ids[teacher.indptr[1]])  # a label that the teacher holds, too
-    return logits, labels, teacher
+    return logits.to(device), labels.to(device), teacher.to(device)
 
 
 def loss_and_grad(function, logits, labels, teacher, **options):
@@ -64,23 +64,30 @@ def agree(dtype, logits, labels, teacher, **options):
     torch.testing.assert_close(grad.double(), true_grad, rtol=GRAD_RTOL[dtype], atol=1e-7 if eps > 1e-10 else 1e-14)
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 4096 + 3])
+# One token, less than a vector, more than a block on the CPU, more than a span of a CUDA block.
+@pytest.mark.parametrize("vocab", [1, 7, 4096 + 3, 8192 + 9])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_agrees_with_the_reference(simd, dtype, vocab):
-    """Vocabularies around the vector and block widths; 1 and 2 rows take the way that splits a row over threads."""
+def test_agrees_with_the_reference(simd, device, dtype, vocab):
+    """Vocabularies around vectors and blocks; 1 and 2 rows are split over threads on the CPU, all three on CUDA."""
     for num_rows, beta in itertools.product([1, 2, 9], [0.0, 0.3, 1.0]):
-        agree(dtype, *problem(dtype, num_rows, vocab, seed=num_rows), beta=beta)
+        agree(dtype, *problem(dtype, num_rows, vocab, seed=num_rows, device=device), beta=beta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_agrees_on_many_rows(device, dtype):
+    """More rows than CUDA splits: a block a row, from the loss to the gradient, at every alignment."""
+    agree(dtype, *problem(dtype, 260, 8192 + 9, device=device))
 
 
 @pytest.mark.parametrize("vocab", [50257, 151936, 262144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_agrees_on_real_vocabularies(dtype, vocab):
-    agree(dtype, *problem(dtype, 3, vocab, offset=50))
+def test_agrees_on_real_vocabularies(device, dtype, vocab):
+    agree(dtype, *problem(dtype, 3, vocab, offset=50, device=device))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_reductions_over_leading_dimensions(reduction):
-    logits, labels, teacher = problem(torch.float32, 6, 300)
+def test_reductions_over_leading_dimensions(device, reduction):
+    logits, labels, teacher = problem(torch.float32, 6, 300, device=device)
     agree(torch.float32, logits.view(2, 3, 300), labels.view(2, 3), teacher, reduction=reduction)
     loss = ops.alignment_loss(logits.view(2, 3, 300), labels.view(2, 3), teacher, reduction=reduction)
     assert loss.total.shape == ((2, 3) if reduction == "none" else ())
@@ -99,10 +106,10 @@ def test_thread_count_and_splitting_do_not_change_a_bit():
             assert all(torch.equal(a, b) for a, b in zip(loss, results[0][0], strict=True))
 
 
-def test_strided_rows_are_read_and_written_where_they_are():
+def test_strided_rows_are_read_and_written_where_they_are(device):
     """A slice of a padded vocabulary, a shifted sequence, an expanded row: the same numbers as of a copy."""
-    logits, labels, teacher = problem(torch.bfloat16, 6, 301)
-    padded = torch.full((2, 4, 320), 7.0, dtype=torch.bfloat16)
+    logits, labels, teacher = problem(torch.bfloat16, 6, 301, device=device)
+    padded = torch.full((2, 4, 320), 7.0, dtype=torch.bfloat16, device=device)
     padded[:, :3, :301] = logits.view(2, 3, 301)
     view = padded[:, :3, :301]
     wanted, wanted_grad = loss_and_grad(ops.alignment_loss, logits.view(2, 3, 301), labels.view(2, 3), teacher)
@@ -121,9 +128,27 @@ def test_strided_rows_are_read_and_written_where_they_are():
         ops.alignment_loss(row.requires_grad_(), labels, teacher, grad_in_place=True)
 
 
-def test_a_common_offset_changes_nothing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [1, 2, 5])
+def test_rows_at_odd_addresses(device, dtype, shift):
+    """Logits and gradient at different alignments: the same bits as from a copy, nothing written beside the rows."""
+    logits, labels, teacher = problem(dtype, 5, 8192 + 9, device=device)
+    wanted, wanted_grad = loss_and_grad(ops.alignment_loss, logits, labels, teacher)
+    wide = torch.full((5, 8192 + 24), 7.0, dtype=dtype, device=device)
+    view = wide[:, shift : shift + 8192 + 9]
+    view.copy_(logits)
+    leaf = view.detach().requires_grad_()
+    loss = ops.alignment_loss(leaf, labels, teacher)
+    (grad,) = torch.autograd.grad(loss.total, leaf)
+    assert torch.equal(loss.total, wanted.total) and torch.equal(grad, wanted_grad)
+    ops.alignment_loss(leaf, labels, teacher, grad_in_place=True).total.backward()
+    assert torch.equal(view, wanted_grad)
+    assert (wide[:, :shift] == 7).all() and (wide[:, shift + 8192 + 9 :] == 7).all()
+
+
+def test_a_common_offset_changes_nothing(device):
     """At 1e4 a float32 logit has steps of 1/1024, so the row is rounded first and the offset taken off exactly."""
-    logits, labels, teacher = problem(torch.float32, 5, 1000)
+    logits, labels, teacher = problem(torch.float32, 5, 1000, device=device)
     shifted = logits + 1e4
     back = shifted - 1e4
     for mine, wanted in zip(
@@ -134,14 +159,14 @@ def test_a_common_offset_changes_nothing():
         assert torch.equal(mine, wanted)
 
 
-def test_edges():
-    teacher = SparseDistributions.from_dense(torch.tensor([[0.5, 0.5, 0.0]] * 5))
-    logits = torch.tensor([[0.0, 1.0, 2.0]] * 5)
+def test_edges(device):
+    teacher = SparseDistributions.from_dense(torch.tensor([[0.5, 0.5, 0.0]] * 5, device=device))
+    logits = torch.tensor([[0.0, 1.0, 2.0]] * 5, device=device)
     logits[0, 2] = -math.inf  # a masked token that neither label nor teacher wants
     logits[1, 1] = math.nan
     logits[2] = -math.inf
     logits[3, 1] = -math.inf  # the teacher wants a masked token
-    labels = torch.tensor([0, 0, 0, 0, -100])
+    labels = torch.tensor([0, 0, 0, 0, -100], device=device)
     logits[4, 0] = math.nan  # in an ignored row
     loss, grad = loss_and_grad(ops.alignment_loss, logits, labels, teacher, reduction="none")
     truth, true_grad = loss_and_grad(reference.alignment_loss, logits.double(), labels, teacher, reduction="none")
@@ -154,29 +179,30 @@ def test_edges():
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_a_part_without_weight_brings_in_no_infinity(beta):
-    teacher = SparseDistributions.from_dense(torch.tensor([[0.5, 0.5, 0.0] if beta == 0 else [0.0, 1.0, 0.0]]))
-    logits = torch.tensor([[0.0, -math.inf, 1.0] if beta == 0 else [-math.inf, 0.0, 1.0]])
-    loss = ops.alignment_loss(logits, torch.tensor([0]), teacher, beta=beta)
+def test_a_part_without_weight_brings_in_no_infinity(device, beta):
+    dense = torch.tensor([[0.5, 0.5, 0.0] if beta == 0 else [0.0, 1.0, 0.0]], device=device)
+    logits = torch.tensor([[0.0, -math.inf, 1.0] if beta == 0 else [-math.inf, 0.0, 1.0]], device=device)
+    labels = torch.tensor([0], device=device)
+    loss = ops.alignment_loss(logits, labels, SparseDistributions.from_dense(dense), beta=beta)
     assert torch.isfinite(loss.total)
     assert (loss.kl if beta == 0 else loss.ce) == math.inf
 
 
-def test_nothing_to_learn_from():
+def test_nothing_to_learn_from(device):
     """All labels ignored, no rows at all: 0 and a gradient of 0."""
-    logits, labels, teacher = problem(torch.float32, 3, 11)
+    logits, labels, teacher = problem(torch.float32, 3, 11, device=device)
     loss, grad = loss_and_grad(ops.alignment_loss, logits, torch.full_like(labels, -100), teacher)
     assert [part.item() for part in loss] == [0, 0, 0] and (grad == 0).all()
-    none = SparseDistributions.from_dense(torch.zeros(0, 11))
+    none = SparseDistributions.from_dense(torch.zeros(0, 11, device=device))
     loss, grad = loss_and_grad(ops.alignment_loss, logits[:0], labels[:0], none)
     assert [part.item() for part in loss] == [0, 0, 0] and grad.shape == (0, 11)
 
 
-def test_rows_beyond_two_to_the_31_elements():
+def test_rows_beyond_two_to_the_31_elements(device):
     """Three rows 2³⁰ elements apart, in a buffer whose other pages are never touched."""
-    buffer = torch.empty(2**31 + 8, dtype=torch.bfloat16)
+    buffer = torch.empty(2**31 + 8, dtype=torch.bfloat16, device=device)
     view = buffer.as_strided((3, 7), (2**30, 1))
-    logits, labels, teacher = problem(torch.bfloat16, 3, 7)
+    logits, labels, teacher = problem(torch.bfloat16, 3, 7, device=device)
     view.copy_(logits)
     assert torch.equal(
         ops.alignment_loss(view, labels, teacher).total, ops.alignment_loss(logits, labels, teacher).total
@@ -192,16 +218,16 @@ def test_gradcheck():
         )
 
 
-def test_registered_operator():
-    logits, labels, teacher = problem(torch.float32, 4, 9)
+def test_registered_operator(device):
+    logits, labels, teacher = problem(torch.float32, 4, 9, device=device)
     arrays = (teacher.indptr, teacher.token_ids, teacher.probs)
     torch.library.opcheck(
         torch.ops.memdec.alignment_loss.default, (logits.requires_grad_(), labels, *arrays, 0.5, -100, "mean")
     )
 
 
-def test_compiled_without_a_graph_break():
-    logits, labels, teacher = problem(torch.float32, 4, 9)
+def test_compiled_without_a_graph_break(device):
+    logits, labels, teacher = problem(torch.float32, 4, 9, device=device)
 
     def step(z, labels, teacher):
         return ops.alignment_loss(z * 2, labels, teacher).total
@@ -213,8 +239,8 @@ def test_compiled_without_a_graph_break():
     torch.testing.assert_close(compiled.grad, eager.grad)
 
 
-def test_in_place_gradient_is_scaled_and_used_once():
-    logits, labels, teacher = problem(torch.float32, 4, 9)
+def test_in_place_gradient_is_scaled_and_used_once(device):
+    logits, labels, teacher = problem(torch.float32, 4, 9, device=device)
     _, wanted = loss_and_grad(ops.alignment_loss, logits, labels, teacher)
     leaf = logits.clone().requires_grad_()
     total = ops.alignment_loss(leaf, labels, teacher, grad_in_place=True).total
@@ -225,8 +251,8 @@ def test_in_place_gradient_is_scaled_and_used_once():
         total.backward()
 
 
-def test_in_place_gradient_that_was_written_over():
-    logits, labels, teacher = problem(torch.float32, 4, 9)
+def test_in_place_gradient_that_was_written_over(device):
+    logits, labels, teacher = problem(torch.float32, 4, 9, device=device)
     hidden = logits.clone().requires_grad_()
     scores = hidden * 1
     total = ops.alignment_loss(scores, labels, teacher, grad_in_place=True).total
@@ -236,17 +262,17 @@ def test_in_place_gradient_that_was_written_over():
         total.backward()
 
 
-def test_in_place_gradient_tells_whoever_saved_the_logits():
+def test_in_place_gradient_tells_whoever_saved_the_logits(device):
     """tanh saves its result for backward; that result is now a gradient, and autograd must not go on with it."""
-    logits, labels, teacher = problem(torch.float32, 4, 9)
+    logits, labels, teacher = problem(torch.float32, 4, 9, device=device)
     scores = logits.clone().requires_grad_().tanh()
     total = ops.alignment_loss(scores, labels, teacher, grad_in_place=True).total
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
 
 
-def test_in_place_leaves_logits_alone_where_no_gradient_is_asked_for():
-    logits, labels, teacher = problem(torch.float32, 4, 9)
+def test_in_place_leaves_logits_alone_where_no_gradient_is_asked_for(device):
+    logits, labels, teacher = problem(torch.float32, 4, 9, device=device)
     before = logits.clone()
     ops.alignment_loss(logits, labels, teacher, grad_in_place=True)
     with torch.no_grad():
@@ -278,22 +304,38 @@ def test_wrong_arguments(change, error, message):
         ops.alignment_loss(**arguments)
 
 
+@pytest.mark.parametrize("wild", [-1, 9, 2**40])
+def test_labels_out_of_range_on_cuda(device, on_cuda, wild):
+    """NaN in that row's cross-entropy and gradient, the other rows as ever; no trace of it where it is ignored."""
+    if not on_cuda:
+        pytest.skip("the CPU kernels raise: see test_wrong_arguments")
+    logits, labels, teacher = problem(torch.float32, 4, 9, device=device)
+    labels[0] = 1
+    _, wanted = loss_and_grad(ops.alignment_loss, logits, labels, teacher, reduction="none")
+    labels[2] = wild
+    loss, grad = loss_and_grad(ops.alignment_loss, logits, labels, teacher, reduction="none")
+    assert loss.ce.isnan().tolist() == loss.total.isnan().tolist() == [False, False, True, False]
+    assert grad[2].isnan().all() and torch.equal(grad[[0, 1, 3]], wanted[[0, 1, 3]])
+    ignored, grad = loss_and_grad(ops.alignment_loss, logits, labels, teacher, ignore_index=wild)
+    assert ignored.total.isfinite() and (grad[2] == 0).all() and grad.isfinite().all()
+
+
 # Any CSR structure: rows that are empty, full, or hold zero probabilities.
 rows_of_tokens = st.lists(st.sets(st.integers(0, 12), max_size=13), min_size=1, max_size=6)
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows=rows_of_tokens, seed=st.integers(0, 2**31), beta=st.sampled_from([0.0, 0.25, 1.0]))
-def test_any_structure(rows, seed, beta):
+def test_any_structure(device, rows, seed, beta):
     generator = torch.Generator().manual_seed(seed)
     indptr = torch.tensor([0, *itertools.accumulate(len(row) for row in rows)])
     ids = torch.tensor([token for row in rows for token in sorted(row)], dtype=torch.int32)
     probs = torch.rand(len(ids), generator=generator) / 13
     probs[torch.rand(len(ids), generator=generator) < 0.2] = 0
-    teacher = SparseDistributions(indptr, ids, probs, 13)
+    teacher = SparseDistributions(indptr, ids, probs, 13).to(device)
     logits = torch.randn(len(rows), 13, generator=generator)
     labels = torch.randint(13, (len(rows),), generator=generator)
-    agree(torch.float32, logits, labels, teacher, beta=beta)
+    agree(torch.float32, logits.to(device), labels.to(device), teacher, beta=beta)
 
 
 @settings(max_examples=40, deadline=None)
@@ -301,9 +343,21 @@ def test_any_structure(rows, seed, beta):
     indptr=st.lists(st.integers(-3, 9), min_size=5, max_size=5),
     ids=st.lists(st.integers(-4, 12), min_size=6, max_size=6),
 )
-def test_a_broken_structure_is_refused_or_harmless(indptr, ids):
-    """Whatever the row pointers and ids: an error that names the teacher, or a structure that was sound."""
+def test_a_broken_structure_is_refused_or_harmless(device, on_cuda, indptr, ids):
+    """Whatever the row pointers and ids: an error that names the teacher, or a structure that was sound.
+
+    On CUDA nothing is raised and nothing is read or written out of bounds (the sanitizers watch), an id out of range
+    makes its row's loss NaN.
+    """
     teacher = SparseDistributions(torch.tensor(indptr), torch.tensor(ids, dtype=torch.int32), torch.full((6,), 0.1), 9)
+    if on_cuda:
+        logits, labels = torch.zeros(4, 9, device=device), torch.zeros(4, dtype=torch.long, device=device)
+        loss, grad = loss_and_grad(ops.alignment_loss, logits, labels, teacher.to(device), reduction="none")
+        for row in range(4):
+            begin, end = (min(max(pointer, 0), 6) for pointer in indptr[row : row + 2])
+            outside = any(not 0 <= i < 9 for i in ids[begin:end])
+            assert bool(loss.kl[row].isnan()) == outside and grad[row].isfinite().all()
+        return
     sound = indptr[0] == 0 and indptr[-1] == 6 and indptr == sorted(indptr) and all(0 <= i < 9 for i in ids)
     try:
         ops.alignment_loss(torch.zeros(4, 9), torch.zeros(4, dtype=torch.long), teacher)

@@ -29,16 +29,17 @@ def chunk_rows(request, monkeypatch):
     monkeypatch.setattr(MODULE, "_chunks", limited)
 
 
-def problem(dtype, seed=0):
+def problem(dtype, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(ROWS, WIDTH, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(VOCAB, WIDTH, generator=generator).to(dtype).requires_grad_()
-    bias = torch.randn(VOCAB, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(VOCAB, (ROWS,), generator=generator)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH, generator=generator).to(device, dtype).requires_grad_()
+    bias = torch.randn(VOCAB, generator=generator).to(device, dtype).requires_grad_()
+    labels = torch.randint(VOCAB, (ROWS,), generator=generator).to(device)
     labels[2] = -100
     dense = torch.rand(ROWS, VOCAB, generator=generator) * (torch.rand(ROWS, VOCAB, generator=generator) < 0.2)
     dense[4] = 0
-    return hidden, weight, bias, labels, SparseDistributions.from_dense(dense / dense.sum(1, keepdim=True).clamp(min=1))
+    teacher = SparseDistributions.from_dense(dense / dense.sum(1, keepdim=True).clamp(min=1))
+    return hidden, weight, bias, labels, teacher.to(device)
 
 
 def run(function, hidden, weight, bias, labels, teacher, incoming=None, **options):
@@ -50,13 +51,13 @@ def run(function, hidden, weight, bias, labels, teacher, incoming=None, **option
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_agrees_with_the_reference(chunk_rows, dtype, reduction):
+def test_agrees_with_the_reference(device, chunk_rows, dtype, reduction):
     """Losses and gradients; half precision to a few roundings of the logits (|z| < 16) and of the gradient."""
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float64: 1e-11}[dtype]
     for with_bias, beta in itertools.product([False, True], [0.5, 1.0]):
-        hidden, weight, bias, labels, teacher = problem(dtype)
+        hidden, weight, bias, labels, teacher = problem(dtype, device=device)
         bias = bias if with_bias else None
-        incoming = torch.linspace(0.5, 2, ROWS, dtype=torch.float64) if reduction == "none" else 3
+        incoming = torch.linspace(0.5, 2, ROWS, dtype=torch.float64, device=device) if reduction == "none" else 3
         wide = [None if t is None else t.double() for t in (hidden, weight, bias)]
         options = {"beta": beta, "reduction": reduction, "incoming": incoming}
         truth, true_grads = run(reference.linear_alignment_loss, *wide, labels, teacher, **options)
@@ -66,23 +67,23 @@ def test_agrees_with_the_reference(chunk_rows, dtype, reduction):
         assert [grad.dtype for grad in grads] == [dtype] * len(grads)
 
 
-def test_the_weight_gradient_adds_up_in_float32(monkeypatch):
+def test_the_weight_gradient_adds_up_in_float32(device, monkeypatch):
     """512 chunks of one row: three roundings to bfloat16 (of dL/dz, of each product, of the result) are allowed, but a
     sum kept in bfloat16 would stop growing at 256 times the size of a term."""
     monkeypatch.setattr(MODULE, "LARGEST_WORKSPACE", 1)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.rand(512, 4, generator=generator).bfloat16()
-    weight = torch.zeros(6, 4, dtype=torch.bfloat16)
-    labels = torch.zeros(512, dtype=torch.long)
-    empty = SparseDistributions.from_dense(torch.zeros(512, 6))
+    hidden = torch.rand(512, 4, generator=generator).bfloat16().to(device)
+    weight = torch.zeros(6, 4, dtype=torch.bfloat16, device=device)
+    labels = torch.zeros(512, dtype=torch.long, device=device)
+    empty = SparseDistributions.from_dense(torch.zeros(512, 6, device=device))
     _, grads = run(ops.linear_alignment_loss, hidden, weight, None, labels, empty, reduction="sum")
     wide = (hidden.double(), weight.double())
     _, truth = run(reference.linear_alignment_loss, *wide, None, labels, empty, reduction="sum")
     torch.testing.assert_close(grads[1].double(), truth[1], rtol=3 * 2**-9, atol=0)
 
 
-def test_only_what_is_needed_is_computed():
-    hidden, weight, bias, labels, teacher = problem(torch.float32)
+def test_only_what_is_needed_is_computed(device):
+    hidden, weight, bias, labels, teacher = problem(torch.float32, device=device)
     frozen = weight.detach()
     ops.linear_alignment_loss(hidden, frozen, labels, teacher, bias=bias.detach()).total.backward()
     assert hidden.grad is not None
@@ -105,10 +106,10 @@ def test_a_weight_tied_to_the_embedding():
     torch.testing.assert_close(weight.grad, other.grad)
 
 
-def test_autocast():
+def test_autocast(device):
     """Products in bfloat16, loss in float32, and float32 parameters get gradients of float32."""
-    hidden, weight, bias, labels, teacher = problem(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    hidden, weight, bias, labels, teacher = problem(torch.float32, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         loss = ops.linear_alignment_loss(hidden, weight, labels, teacher, bias=bias)
         wanted = ops.alignment_loss(torch.nn.functional.linear(hidden, weight, bias), labels, teacher)
     torch.testing.assert_close(loss.total, wanted.total)
@@ -118,12 +119,12 @@ def test_autocast():
         ops.linear_alignment_loss(hidden.bfloat16(), weight, labels, teacher)
 
 
-def test_leading_dimensions_and_no_rows():
-    hidden, weight, _, labels, teacher = problem(torch.float32)
+def test_leading_dimensions_and_no_rows(device):
+    hidden, weight, _, labels, teacher = problem(torch.float32, device=device)
     flat = ops.linear_alignment_loss(hidden, weight, labels, teacher, reduction="none")
     folded = ops.linear_alignment_loss(hidden[None], weight, labels[None], teacher, reduction="none")
     assert torch.equal(folded.total, flat.total[None])
-    nothing = SparseDistributions.from_dense(torch.zeros(0, VOCAB))
+    nothing = SparseDistributions.from_dense(torch.zeros(0, VOCAB, device=device))
     loss, grads = run(ops.linear_alignment_loss, hidden[:0], weight, None, labels[:0], nothing)
     assert loss[0] == 0 and (grads[1] == 0).all()
 
@@ -147,8 +148,8 @@ def test_gradcheck_opcheck_and_compile():
         )
 
 
-def test_a_second_backward_needs_a_retained_graph():
-    hidden, weight, _, labels, teacher = problem(torch.float32)
+def test_a_second_backward_needs_a_retained_graph(device):
+    hidden, weight, _, labels, teacher = problem(torch.float32, device=device)
     total = ops.linear_alignment_loss(hidden, weight, labels, teacher).total
     total.backward(retain_graph=True)
     once = weight.grad.clone()
@@ -156,6 +157,24 @@ def test_a_second_backward_needs_a_retained_graph():
     torch.testing.assert_close(weight.grad, 2 * once)
     with pytest.raises(RuntimeError, match="second backward"):
         total.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck_and_compile(device, reduction):
+    hidden, weight, bias, labels, teacher = problem(torch.float32, device=device)
+
+    def total(h, w, b):
+        return ops.linear_alignment_loss(h, w, labels, teacher, bias=b, reduction=reduction).total
+
+    wanted = torch.autograd.grad(total(hidden, weight, bias).sum() * 2, (hidden, weight, bias))
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(hidden, weight, bias).sum() * 2, (hidden, weight, bias))
+    torch.testing.assert_close(got, wanted)
+    arrays = (teacher.indptr, teacher.token_ids, teacher.probs)
+    torch.library.opcheck(
+        torch.ops.memdec.linear_alignment_loss.default,
+        (hidden, weight, bias, labels, *arrays, 0.5, -100, reduction, torch.float32, [True, True, True]),
+    )
 
 
 def test_wrong_shapes():

@@ -111,7 +111,7 @@ def loss(
     row_max: Tensor | None = None,  # (…,) out
     row_sum: Tensor | None = None,  # (…,) out
     grad: Rows = NO_GRADIENT,
-    grad_scale: float = 1.0,
+    grad_weight: Tensor | None = None,  # (), of the losses' dtype: a factor of the gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, kl and ce; on the way whatever else is asked for."""
     logits, described = rows(logits)
@@ -135,7 +135,7 @@ def loss(
         0 if row_max is None else row_max.data_ptr(),
         0 if row_sum is None else row_sum.data_ptr(),
         grad,
-        grad_scale,
+        0 if grad_weight is None else grad_weight.data_ptr(),
     )
     return total, kl, ce
 
@@ -277,7 +277,8 @@ class _InPlace(torch.autograd.Function):
                 "grad_in_place=True they hold the gradient; use grad_in_place=False to go on using them"
             )
         ctx.gradient = None
-        if not bool((grad_total == 1).all()):
+        # Whether a factor on the device is 1 is not known here without waiting for it.
+        if grad.is_cuda or not bool((grad_total == 1).all()):
             grad.mul_(grad_total[..., None] if grad_total.dim() else grad_total)
         return (grad, *(None,) * 7)
 

@@ -161,7 +161,7 @@ def _chunks(
     row_bytes = vocab * weight.element_size()
     room = min(LARGEST_WORKSPACE, max(SMALLEST_WORKSPACE, 2 * num_rows * row_bytes // WORKSPACE_SHARE))
     size = max(1, min(num_rows, room // row_bytes))
-    workspace = torch.empty(size, vocab, dtype=weight.dtype)
+    workspace = torch.empty(size, vocab, dtype=weight.dtype, device=weight.device)
     indptr, token_ids, probs = teacher
     for start in range(0, num_rows, size):
         stop = min(start + size, num_rows)
@@ -171,8 +171,12 @@ def _chunks(
             torch.mm(part, weight.t(), out=logits)
         else:
             torch.addmm(bias, part, weight.t(), out=logits)
-        first, last = indptr[start].item(), indptr[stop].item()
-        rows_of_chunk = (indptr[start : stop + 1] - first, token_ids[first:last], probs[first:last])
+        if weight.is_cpu:
+            first, last = indptr[start].item(), indptr[stop].item()
+            rows_of_chunk = (indptr[start : stop + 1] - first, token_ids[first:last], probs[first:last])
+        else:
+            # The CUDA kernels take row pointers into the whole teacher; the host would have to wait for these two.
+            rows_of_chunk = (indptr[start : stop + 1], token_ids, probs)
         yield _Chunk(start, stop, part, logits, labels[start:stop], rows_of_chunk)
 
 
@@ -181,9 +185,10 @@ class _Sums:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype, needed: list[bool]):
         wide = torch.float64 if compute == torch.float64 else torch.float32
-        self.hidden = torch.empty(hidden.shape, dtype=hidden.dtype) if needed[0] else None
-        self.weight = torch.zeros(weight.shape, dtype=wide) if needed[1] else None
-        self.bias = torch.zeros(weight.shape[:1], dtype=wide) if needed[2] and bias is not None else None
+        self.hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needed[0] else None
+        self.weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needed[1] else None
+        wants_bias = needed[2] and bias is not None
+        self.bias = torch.zeros(weight.shape[:1], dtype=wide, device=weight.device) if wants_bias else None
 
     def add(self, chunk: _Chunk, weight: Tensor) -> None:
         """Take in a chunk whose logits have become their gradient."""
@@ -241,16 +246,18 @@ def _forward(
 ) -> tuple[AlignmentLoss, Gradients]:
     """The losses, and the gradients of `total` that are needed (none for reduction "none": see _gradients)."""
     flat, w, b, y, q = _prepare(hidden, weight, bias, labels, teacher, compute)
-    kept = int((y != ignore_index).sum()) if reduction == "mean" else 1
-    share = 1.0 / max(kept, 1)
-    in_place = any(needed) and reduction != "none"
     dtype = torch.float64 if compute == torch.float64 else torch.float32
-    parts = [torch.empty(flat.shape[0], dtype=dtype) for _ in AlignmentLoss._fields]  # of each row
+    share = torch.ones((), dtype=torch.float64, device=flat.device)
+    if reduction == "mean":
+        share /= (y != ignore_index).sum().clamp(min=1)
+    in_place = any(needed) and reduction != "none"
+    grad_weight = share.to(dtype)
+    parts = [torch.empty(flat.shape[0], dtype=dtype, device=flat.device) for _ in AlignmentLoss._fields]  # of each row
     sums = _Sums(flat, weight, bias, compute, needed if in_place else [False] * 3)
     for chunk in _chunks(flat, w, b, y, q):
         grad = rows(chunk.logits)[1] if in_place else NO_GRADIENT
         of_chunk = loss(
-            chunk.logits, chunk.labels, chunk.teacher, beta, ignore_index, "none", grad=grad, grad_scale=share
+            chunk.logits, chunk.labels, chunk.teacher, beta, ignore_index, "none", grad=grad, grad_weight=grad_weight
         )
         for part, values in zip(parts, of_chunk, strict=True):
             part[chunk.start : chunk.stop] = values
@@ -280,7 +287,7 @@ def _gradients(
     flat, w, b, y, q = _prepare(hidden, weight, bias, labels, teacher, compute)
     sums = _Sums(flat, weight, bias, compute, needed)
     for chunk in _chunks(flat, w, b, y, q):
-        row_max = torch.empty(chunk.labels.shape, dtype=accumulator(chunk.logits))
+        row_max = torch.empty(chunk.labels.shape, dtype=accumulator(chunk.logits), device=flat.device)
         row_sum = torch.empty_like(row_max)
         options = (beta, ignore_index, "none")
         loss(chunk.logits, chunk.labels, chunk.teacher, *options, row_max=row_max, row_sum=row_sum)
@@ -343,7 +350,8 @@ class _Function(torch.autograd.Function):
             return (*(None if grad is None else grad * grad_total for grad in grads), *(None,) * 8)
         # Given away rather than kept, so that autograd can take the tensors over without a copy.
         ctx.gradients = None
-        if grad_total.item() != 1:
+        # Whether a factor on the device is 1 is not known here without waiting for it.
+        if grad_total.is_cuda or grad_total.item() != 1:
             for grad in grads:
                 if grad is not None:
                     grad.mul_(grad_total)

@@ -1,7 +1,8 @@
 // Runs kernels on the CPU with CUDA's thread model; see cuda_runtime.h.
 //
-// A fiber is a stack of its own and a stack pointer. Threads of a block run one at a time until they wait; when none can run
-// any more, either all stand at one barrier, which then opens, or the kernel is wrong, and the report says who waits where.
+// A fiber is a stack of its own and a stack pointer. A warp runs as far as it can, to a barrier of the block or its end, before
+// the next one starts: the most that one warp can be ahead of another, so what a barrier should have kept apart meets. When none
+// can run, either all stand at one barrier, which then opens, or the kernel is wrong, and the report says who waits where.
 // Errors leave the fibers where they are. Addresses and undefined behaviour are the sanitizers' business.
 #include "cuda_runtime.h"
 
@@ -147,21 +148,30 @@ bool all_at_one_barrier() {
   });
 }
 
-void run_block(const std::vector<unsigned>& order) {
+// Runs a warp until none of its threads can go on.
+void run_warp(unsigned number, const std::vector<unsigned>& lanes) {
+  for (bool moved = true; moved && !executor.failed;) {
+    moved = false;
+    for (const unsigned lane : lanes) {
+      const unsigned i = number * warp + lane;
+      if (i >= executor.count || executor.fibers[i].state != Fiber::ready) continue;
+      enter_fiber(i);
+      if (executor.failed) return;
+      moved = true;
+    }
+  }
+}
+
+void run_block(const std::vector<unsigned>& warps, const std::vector<unsigned>& lanes) {
   ++executor.block;
   for (unsigned i = 0; i < executor.count; ++i) prepare_fiber(executor.fibers[i]);
   for (;;) {
-    bool moved = false, all_done = true;
-    for (const unsigned i : order) {
-      if (executor.fibers[i].state == Fiber::ready) {
-        enter_fiber(i);
-        moved = true;
-      }
+    for (const unsigned number : warps) {
+      run_warp(number, lanes);
       if (executor.failed) return;
-      all_done &= executor.fibers[i].state == Fiber::done;
     }
-    if (all_done) return;
-    if (moved) continue;
+    const auto done = [](const Fiber& fiber) { return fiber.state == Fiber::done; };
+    if (std::all_of(executor.fibers.begin(), executor.fibers.begin() + executor.count, done)) return;
     if (!all_at_one_barrier()) {
       executor.failed = true;
       executor.error = standstill();
@@ -267,10 +277,11 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cuda
   executor.thread = &thread;
   executor.dynamic_bytes = shared_bytes;
   gridDim = grid, blockDim = block;
-  const std::vector<unsigned> thread_order = ordered(threads, order ? order : "forward");
+  const std::vector<unsigned> warps = ordered((threads + warp - 1) / warp, order ? order : "forward");
+  const std::vector<unsigned> lanes = ordered(warp, order ? order : "forward");
   for (const unsigned b : ordered(grid.x, order ? order : "forward")) {
     blockIdx = dim3(b, 0, 0);
-    run_block(thread_order);
+    run_block(warps, lanes);
     if (!executor.failed) continue;
     char name[1024] = "";
     // One byte on: the symboliser takes a return address, and looks before it.
