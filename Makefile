@@ -68,7 +68,7 @@ test-cuda-host: $(VENV)/test.stamp
 	cmake --build build/cuda-host
 	rm -f build/cuda-host/report.*
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0:log_path=$(abspath build/cuda-host/report) UBSAN_OPTIONS=print_stacktrace=1:log_path=$(abspath build/cuda-host/report) \
-		$(BIN)/python -m pytest --cuda=host -n 2 tests/ops tests/cuda || { cat build/cuda-host/report.* 2>/dev/null; false; }
+		$(BIN)/python -m pytest --cuda=host -n 2 tests/ops tests/cuda tests/pipeline/test_search.py || { cat build/cuda-host/report.* 2>/dev/null; false; }
 
 cuda-kernels: $(VENV)/memdec.stamp
 	$(CONFIGURE) -B build/cuda-kernels -DMEMDEC_CUDA=on

@@ -229,13 +229,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("aggregate_neighbors", [](const Rows& distances, uintptr_t token_ids, int64_t token_ids_stride, bool wide_ids, double temperature,
                                   int64_t vocab_size, double min_prob, int64_t max_tokens, uintptr_t out_indptr, uintptr_t out_ids,
-                                  uintptr_t out_probs, uintptr_t residual, const Launch& launch) {
-    return run("aggregate_neighbors", memdec::aggregate_neighbors,
-        {.distances = distances, .token_ids = pointer(token_ids), .token_ids_stride = token_ids_stride, .wide_ids = wide_ids,
-         .temperature = temperature, .vocab_size = vocab_size, .min_prob = min_prob, .max_tokens = max_tokens,
-         .out_indptr = pointer<int64_t>(out_indptr), .out_ids = pointer<int32_t>(out_ids), .out_probs = pointer<float>(out_probs),
-         .residual = pointer<float>(residual)},
-        launch);
+                                  uintptr_t out_probs, uintptr_t residual, uintptr_t pairs, const Launch& launch) {
+    const memdec::AggregateNeighbors op{
+        .distances = distances, .token_ids = pointer(token_ids), .token_ids_stride = token_ids_stride, .wide_ids = wide_ids,
+        .temperature = temperature, .vocab_size = vocab_size, .min_prob = min_prob, .max_tokens = max_tokens,
+        .out_indptr = pointer<int64_t>(out_indptr), .out_ids = pointer<int32_t>(out_ids), .out_probs = pointer<float>(out_probs),
+        .residual = pointer<float>(residual), .pairs = pointer<int64_t>(pairs)};
+    const int64_t wanted = run("aggregate_neighbors", memdec::aggregate_neighbors, op, launch);
+    if (launch.device < 0) *op.pairs = op.out_indptr[distances.count];
+    return wanted;
   });
   m.def("topk_filter_prepare", [](uintptr_t stored, int64_t stored_stride, uintptr_t mean, int64_t rows, int64_t dim, uintptr_t centred,
                                   uintptr_t norms, const Launch& launch) {

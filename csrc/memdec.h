@@ -141,6 +141,7 @@ struct AggregateNeighbors {
   int32_t* out_ids;          // room for N · min(k, vocab_size, max_tokens if any)
   float* out_probs;          // the same
   float* residual;           // (N,) the mass that was cut
+  int64_t* pairs;            // (1,) out, in the host's memory: out_indptr[N]. Left alone by the CPU's kernel, whose caller can read that
 };
 Status aggregate_neighbors(const AggregateNeighbors& op, const Launch& launch);
 
@@ -149,7 +150,7 @@ struct TopkBuffers {
   uint64_t* keys;     // (rows, capacity) candidates, in no order
   int32_t* counts;    // (rows,)
   float* thresholds;  // (rows,) what a further candidate must stay below
-  int64_t capacity;   // at least keep + 32
+  int64_t capacity;   // at least keep + 32; on CUDA at least 2 · keep and keep + 1024
   int64_t keep;       // how many candidates outlive a cut
 };
 
@@ -267,6 +268,12 @@ const char* const* simd_levels_built();       // null-terminated
 namespace cuda {
 Status token_log_prob(const TokenLogProb& op, const Launch& launch);
 int64_t workspace_bytes(const TokenLogProb& op);
+Status aggregate_neighbors(const AggregateNeighbors& op, const Launch& launch);  // waits for its kernels: indices are checked as on the CPU
+int64_t workspace_bytes(const AggregateNeighbors& op);
+Status topk_filter_prepare(const TopkFilterPrepare& op, const Launch& launch);
+Status topk_filter_update(const TopkFilterUpdate& op, const Launch& launch);
+Status topk_filter_refine(const TopkFilterRefine& op, const Launch& launch);
+Status topk_filter_select(const TopkFilterSelect& op, const Launch& launch);
 Status alignment_loss(const AlignmentLoss& op, const Launch& launch);
 int64_t workspace_bytes(const AlignmentLoss& op);
 Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);

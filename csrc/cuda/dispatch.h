@@ -16,7 +16,17 @@ inline constexpr Kernels<Op> kernels{};
 
 #if MEMDEC_HAS_CUDA
 template <>
+inline constexpr Kernels<AggregateNeighbors> kernels<AggregateNeighbors>{aggregate_neighbors, workspace_bytes};
+template <>
 inline constexpr Kernels<TokenLogProb> kernels<TokenLogProb>{token_log_prob, workspace_bytes};
+template <>
+inline constexpr Kernels<TopkFilterPrepare> kernels<TopkFilterPrepare>{topk_filter_prepare};
+template <>
+inline constexpr Kernels<TopkFilterUpdate> kernels<TopkFilterUpdate>{topk_filter_update};
+template <>
+inline constexpr Kernels<TopkFilterRefine> kernels<TopkFilterRefine>{topk_filter_refine};
+template <>
+inline constexpr Kernels<TopkFilterSelect> kernels<TopkFilterSelect>{topk_filter_select};
 template <>
 inline constexpr Kernels<AlignmentLoss> kernels<AlignmentLoss>{alignment_loss, workspace_bytes};
 template <>

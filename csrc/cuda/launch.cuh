@@ -98,6 +98,17 @@ __device__ inline T& shared() {
 #endif
 }
 
+// The memory of a block whose size the launch sets, 16-byte aligned.
+template <class T>
+__device__ inline T* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ uint4 memdec_dynamic_shared[];
+  return reinterpret_cast<T*>(memdec_dynamic_shared);
+#else
+  return static_cast<T*>(host::dynamic_shared());
+#endif
+}
+
 __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 __host__ __device__ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

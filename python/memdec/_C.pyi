@@ -53,6 +53,7 @@ def aggregate_neighbors(
     out_ids: int,
     out_probs: int,
     residual: int,
+    pairs: int,
     launch: _Launch,
     /,
 ) -> int: ...

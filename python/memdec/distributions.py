@@ -164,6 +164,8 @@ class SparseDistributions:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseDistributions:
         """The same distributions on another device; self where they are there already."""
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if device == self.device:
             return self
         residual = None if self.residual is None else self.residual.to(device, non_blocking=non_blocking)

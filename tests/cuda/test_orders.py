@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memdec import SparseDistributions, build_info, ops
+from memdec.pipeline import search
 
 pytestmark = pytest.mark.skipif(build_info()["cuda"] != "host", reason="needs --cuda=host")
 
@@ -15,6 +16,33 @@ TARGETS = torch.tensor([0, 8192, 16400, 5, 1])
 
 def logits(rows: int = 5, vocab: int = 16401) -> torch.Tensor:
     return (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+
+
+def aggregated(rows: int, k: int, **cuts: float) -> list[torch.Tensor]:
+    """Neighbours of which a third share a token, and some are absent."""
+    generator = torch.Generator().manual_seed(k)
+    distances = torch.randint(0, 60, (rows, k), generator=generator).float()
+    tokens = torch.randint(-1, 2 * k, (rows, k), generator=generator)
+    tokens[:, ::3] = 7
+    q = ops.aggregate_neighbors(distances, tokens, temperature=9.0, vocab_size=50257, **cuts)
+    return [q.indptr, q.token_ids, q.probs, q.residual]
+
+
+class Rows:
+    """1500 stored rows in two shards, each twice, so that distances are equal by pairs."""
+
+    num_rows, dim, shard_bounds = 1500, 20, [(0, 700), (700, 1500)]
+    stored = torch.randn(750, 20, generator=torch.Generator().manual_seed(0)).half().repeat(2, 1)
+
+    def keys(self, start: int, stop: int) -> torch.Tensor:
+        return self.stored[start:stop]
+
+
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Twice the columns that the filter takes at a time, and a buffer that they fill."""
+    monkeypatch.setattr(search, "_KEY_BLOCK", 1500)
+    monkeypatch.setattr(search, "_capacity", lambda keep, _: keep + max(keep, 1024))
+    return list(search.search_exact(Rows.stored[::90], Rows(), 40, exclude_rows=torch.arange(0, 1500, 90)))
 
 
 def alignment(rows: int, vocab: int, **options: bool) -> list[torch.Tensor]:
@@ -35,6 +63,11 @@ def alignment(rows: int, vocab: int, **options: bool) -> list[torch.Tensor]:
 CASES = {
     "token_log_prob": lambda: [ops.token_log_prob(logits(), TARGETS)],
     "token_log_prob of many rows": lambda: [ops.token_log_prob(logits(300, 100), torch.arange(300) % 100)],
+    "aggregate_neighbors in registers": lambda: aggregated(9, 1000),
+    "aggregate_neighbors of many tiles": lambda: aggregated(150, 50, min_prob=0.01),
+    "aggregate_neighbors in registers, cut": lambda: aggregated(5, 200, max_tokens=30, min_prob=1e-4),
+    "aggregate_neighbors in shared memory": lambda: aggregated(3, 1500, max_tokens=200),
+    "aggregate_neighbors in the workspace": lambda: aggregated(2, 8200),
     "alignment_loss": lambda: alignment(5, 16401),
     "alignment_loss in place": lambda: alignment(5, 16401, grad_in_place=True),
     "alignment_loss in place of many rows": lambda: alignment(257, 301, grad_in_place=True),
@@ -50,3 +83,13 @@ def test_the_order_changes_nothing(monkeypatch, device, name):
     for result in results[1:]:
         for mine, first in zip(result, results[0], strict=True):
             torch.testing.assert_close(mine, first, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_order_changes_no_search(monkeypatch, device):
+    """What is pushed stands in the buffers in the order of the threads; what is found must not."""
+    results = []
+    for order in ORDERS:
+        monkeypatch.setenv("MEMDEC_EXECUTOR_ORDER", order)
+        results.append(searched(monkeypatch))
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])

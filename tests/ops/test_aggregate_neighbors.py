@@ -1,6 +1,7 @@
 """aggregate_neighbors against a loop over a Python dict, and against the dense float64 reference."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def by_dict(distances, tokens, temperature, min_prob=0.0, max_tokens=None):
 
 
 def assert_matches_dict(got: SparseDistributions, distances, tokens, tolerance, **options):
+    got, distances, tokens = got.to("cpu"), distances.cpu(), tokens.cpu()
     for i in range(got.num_rows):
         begin, end = int(got.indptr[i]), int(got.indptr[i + 1])
         ids, probs = got.token_ids[begin:end].tolist(), got.probs[begin:end].tolist()
@@ -57,7 +59,7 @@ def assert_matches_dict(got: SparseDistributions, distances, tokens, tolerance, 
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_matches_a_dict(simd, dtype, k, vocab):
+def test_matches_a_dict(simd, device, dtype, k, vocab):
     """Rounded distances are taken as exact; what is left is float32's (for float64: float32 outputs') rounding:
     an exponent (d − d_min)/T of up to 25 carries 25·2⁻²⁴·2 and the exponential and output 3 more units of 2⁻²⁴."""
     generator = torch.Generator().manual_seed(k)
@@ -68,6 +70,7 @@ def test_matches_a_dict(simd, dtype, k, vocab):
     tokens = torch.where(
         torch.rand(n, k, generator=generator) < 0.5, few, torch.randint(vocab, (n, k), generator=generator)
     )
+    distances, tokens = distances.to(device), tokens.to(device)
     got = ops.aggregate_neighbors(distances, tokens, temperature=16.0, vocab_size=vocab)
     assert got.validate().vocab_size == vocab
     assert_matches_dict(got, distances.double(), tokens, 4e-6, temperature=16.0)
@@ -83,42 +86,80 @@ def pieces(q):
 @pytest.mark.parametrize(
     "options", [{"min_prob": 0.004}, {"max_tokens": 7}, {"min_prob": 0.006, "max_tokens": 60}, {"max_tokens": 1}]
 )
-def test_cuts_as_the_reference_does(simd, options):
+def test_cuts_as_the_reference_does(simd, device, on_cuda, options):
     generator = torch.Generator().manual_seed(0)
     distances = torch.randint(0, 40, (50, 200), generator=generator).double()  # many equal probabilities
     tokens = torch.randint(0, 80, (50, 200), generator=generator)
-    ours = ops.aggregate_neighbors(distances, tokens, temperature=5.0, vocab_size=100, **options)
+    ours = ops.aggregate_neighbors(
+        (distances.float() if on_cuda else distances).to(device),
+        tokens.to(device),
+        temperature=5.0,
+        vocab_size=100,
+        **options,
+    )
+    ours = ours.to("cpu")
     theirs = ops.reference.aggregate_neighbors(distances, tokens, temperature=5.0, vocab_size=100, **options)
     assert torch.equal(ours.indptr, theirs.indptr)
     assert torch.equal(ours.token_ids, theirs.token_ids)
-    torch.testing.assert_close(ours.probs, theirs.probs, rtol=2e-7, atol=0)
+    # In float32 an exponent of up to 8 carries 8·2⁻²⁴, twice, the exponential and the output 3 more units.
+    torch.testing.assert_close(ours.probs, theirs.probs, rtol=1.2e-6 if on_cuda else 2e-7, atol=0)
     torch.testing.assert_close(ours.residual, theirs.residual, rtol=2e-6, atol=1e-9)
     torch.testing.assert_close(ours.mass() + ours.residual, torch.ones(50), rtol=0, atol=1e-6)
 
 
-def test_equal_probabilities_are_cut_by_id(simd):
+def test_equal_probabilities_are_cut_by_id(simd, device):
     got = ops.aggregate_neighbors(
-        torch.zeros(1, 40), torch.arange(40, 0, -1)[None], temperature=1.0, vocab_size=41, max_tokens=3
+        torch.zeros(1, 40, device=device),
+        torch.arange(40, 0, -1, device=device)[None],
+        temperature=1.0,
+        vocab_size=41,
+        max_tokens=3,
     )
     assert got.token_ids.tolist() == [1, 2, 3]
     assert got.residual.item() == pytest.approx(37 / 40)
 
 
-def test_min_prob_keeps_what_equals_it(simd):
+# On CUDA a row of up to 64, 256 and 1024 neighbours is sorted in a warp's registers, one of up to 8192 in shared memory
+# (as is a shorter one where V is large), one of more in the workspace.
+@pytest.mark.parametrize(
+    ("k", "vocab"), [(60, 20), (256, 90), (1024, 700), (1025, 900), (8192, 300), (8193, 50257), (70, 2**31 - 1)]
+)
+def test_the_most_probable_are_kept_exactly(device, k, vocab):
+    """All neighbours at one distance: weights are whole numbers, probabilities quotients of them, ties abound."""
+    generator = torch.Generator().manual_seed(k)
+    tokens = torch.randint(min(vocab, 5000), (3, k), generator=generator) + max(0, vocab - 5000)
+    tokens[1, ::3] = -1
+    tokens[2] = vocab - 1
+    distances = torch.full((3, k), 5.0, dtype=torch.float16)
+    for most, least in [(None, 0.0), (1, 0.0), (7, 0.0), (k // 3, 0.0), (k // 3, 3 / k), (None, 2 / k)]:
+        got = ops.aggregate_neighbors(
+            distances.to(device), tokens.to(device), temperature=3.0, vocab_size=vocab, max_tokens=most, min_prob=least
+        ).validate()
+        for row, (begin, end) in enumerate(pairwise(got.indptr.tolist())):
+            ids, counts = tokens[row][tokens[row] >= 0].unique(return_counts=True)
+            quotients = counts.double() / counts.sum()
+            order = quotients.argsort(descending=True, stable=True)[:most].sort().values
+            order = order[quotients[order] >= least]
+            assert got.token_ids[begin:end].tolist() == ids[order].tolist()
+            assert got.probs[begin:end].tolist() == quotients[order].float().tolist()
+            assert got.residual[row].item() == pytest.approx(1 - quotients[order].sum().item(), abs=3e-6)
+
+
+def test_min_prob_keeps_what_equals_it(simd, device):
     """Ten equal neighbours, three of one token: 0.3 as Python divides it, and 0.1."""
-    tokens = torch.tensor([[1, 1, 1, 2, 3, 4, 5, 6, 7, 8]])
-    at = ops.aggregate_neighbors(torch.zeros(1, 10), tokens, temperature=1.0, vocab_size=9, min_prob=3 / 10)
+    tokens, zeros = torch.tensor([[1, 1, 1, 2, 3, 4, 5, 6, 7, 8]], device=device), torch.zeros(1, 10, device=device)
+    at = ops.aggregate_neighbors(zeros, tokens, temperature=1.0, vocab_size=9, min_prob=3 / 10)
     assert at.token_ids.tolist() == [1]
-    above = ops.aggregate_neighbors(
-        torch.zeros(1, 10), tokens, temperature=1.0, vocab_size=9, min_prob=math.nextafter(0.3, 1)
-    )
+    all_of_them = ops.aggregate_neighbors(zeros, tokens, temperature=1.0, vocab_size=9, min_prob=0.1)
+    assert all_of_them.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    above = ops.aggregate_neighbors(zeros, tokens, temperature=1.0, vocab_size=9, min_prob=math.nextafter(0.3, 1))
     assert above.nnz == 0 and above.residual.item() == 1
 
 
-def test_small_temperature_and_large_offset(simd):
+def test_small_temperature_and_large_offset(simd, device):
     """The nearest wins however small T is and however large all distances are; the others weigh 0."""
-    distances = torch.tensor([[1e4, 1e4 + 1, 1e4]])
-    tokens = torch.tensor([[4, 5, 3]])
+    distances = torch.tensor([[1e4, 1e4 + 1, 1e4]], device=device)
+    tokens = torch.tensor([[4, 5, 3]], device=device)
     got = ops.aggregate_neighbors(distances, tokens, temperature=1e-3, vocab_size=6)
     assert got.token_ids.tolist() == [3, 4] and got.probs.tolist() == [0.5, 0.5]
     got = ops.aggregate_neighbors(distances * 1e30, tokens, temperature=1e-30, vocab_size=6)
@@ -130,11 +171,11 @@ def test_small_temperature_and_large_offset(simd):
     assert flat.probs.tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_absent_neighbours(simd):
+def test_absent_neighbours(simd, device):
     inf = math.inf
     distances = torch.tensor([[inf, 1.0, 2.0, 3.0], [inf, inf, 1.0, inf], [0.0, inf, inf, 0.0], [5.0, 5.0, 5.0, 5.0]])
     tokens = torch.tensor([[1, 2, -1, 2], [1, 1, -1, 1], [7, 1, -1, 6], [-1, -1, 3, 3]])
-    got = ops.aggregate_neighbors(distances, tokens, temperature=1.0, vocab_size=8).validate()
+    got = ops.aggregate_neighbors(distances.to(device), tokens.to(device), temperature=1.0, vocab_size=8).validate()
     assert got.row_lengths().tolist() == [1, 0, 2, 1]
     assert got.token_ids.tolist() == [2, 6, 7, 3]
     assert got.probs.tolist() == [1.0, 0.5, 0.5, 1.0]
@@ -142,17 +183,20 @@ def test_absent_neighbours(simd):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_nothing(shape):
+def test_nothing(device, shape):
     got = ops.aggregate_neighbors(
-        torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), temperature=1.0, vocab_size=3
+        torch.zeros(shape, device=device),
+        torch.zeros(shape, dtype=torch.int64, device=device),
+        temperature=1.0,
+        vocab_size=3,
     )
     assert got.num_rows == shape[0] and got.nnz == 0 and got.residual.tolist() == [0] * shape[0]
 
 
-def test_rows_may_be_strided_or_shared(simd):
+def test_rows_may_be_strided_or_shared(simd, device):
     generator = torch.Generator().manual_seed(1)
-    distances = torch.rand(9, 200, generator=generator)
-    tokens = torch.randint(50, (9, 200), generator=generator)
+    distances = torch.rand(9, 200, generator=generator).to(device)
+    tokens = torch.randint(50, (9, 200), generator=generator).to(device)
     wanted = ops.aggregate_neighbors(
         distances[:, 3:103].contiguous(), tokens[:, 3:103].contiguous(), temperature=0.2, vocab_size=50
     )
@@ -171,7 +215,7 @@ def test_rows_may_be_strided_or_shared(simd):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_small_input(data):
+def test_any_small_input(device, data):
     """Any mixture of duplicates, absent neighbours and cuts, as a dict would have it, at every number of threads."""
     rows, k, vocab = (data.draw(st.integers(1, n)) for n in (40, 50, 12))
     number = st.one_of(st.integers(0, 6).map(float), st.just(math.inf))
@@ -186,15 +230,16 @@ def test_any_small_input(data):
         "temperature": data.draw(st.sampled_from([0.7, 3.0])),
         "min_prob": data.draw(st.sampled_from([0.0, 0.0307])),
     }
-    got = ops.aggregate_neighbors(distances, tokens, vocab_size=vocab, **options).validate()
+    got = ops.aggregate_neighbors(distances.to(device), tokens.to(device), vocab_size=vocab, **options).validate()
     assert_matches_dict(got, distances, tokens, 2e-6, **options)
 
 
-def test_does_not_depend_on_threads_or_on_the_order_of_neighbours(simd):
+def test_does_not_depend_on_threads_or_on_the_order_of_neighbours(simd, device, on_cuda):
     """To the bit for threads; for the order, to a float32 rounding of a float64 sum."""
     generator = torch.Generator().manual_seed(2)
-    distances = torch.rand(3001, 100, generator=generator) * 50  # rows enough for several chunks a thread
-    tokens = torch.randint(300, (3001, 100), generator=generator)
+    rows = 131 if on_cuda else 3001  # enough for several chunks a thread; on CUDA, for looking back over 33 tiles
+    distances = (torch.rand(rows, 100, generator=generator) * 50).to(device)
+    tokens = torch.randint(300, (rows, 100), generator=generator).to(device)
     results = []
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
@@ -250,9 +295,9 @@ def test_levels_agree():
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("token", [2, -1])
-def test_refuses_what_is_not_a_distance(simd, bad, token):
-    distances = torch.rand(300, 40)
-    tokens = torch.randint(5, (300, 40))
+def test_refuses_what_is_not_a_distance(simd, device, bad, token):
+    distances = torch.rand(300, 40, device=device)
+    tokens = torch.randint(5, (300, 40), device=device)
     distances[217, 13], tokens[217, 13] = bad, token
     distances[230, 1] = bad
     with pytest.raises(ValueError, match=f"distances holds NaN or -inf at position {217 * 40 + 13}"):
@@ -261,16 +306,19 @@ def test_refuses_what_is_not_a_distance(simd, bad, token):
 
 @pytest.mark.parametrize("bad", [5, -2, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_refuses_tokens_outside_the_vocabulary(simd, bad, dtype):
-    tokens = torch.zeros(70, 40, dtype=dtype)
+def test_refuses_tokens_outside_the_vocabulary(simd, device, bad, dtype):
+    tokens = torch.zeros(70, 40, dtype=dtype, device=device)
     tokens[33, 4] = bad
+    tokens[34, 0] = tokens[69, 39] = 77
     with pytest.raises(ValueError, match=f"token_ids holds {bad} at position {33 * 40 + 4}"):
-        ops.aggregate_neighbors(torch.zeros(70, 40), tokens, temperature=1.0, vocab_size=5)
+        ops.aggregate_neighbors(torch.zeros(70, 40, device=device), tokens, temperature=1.0, vocab_size=5)
 
 
-def test_refuses_a_64_bit_token_that_would_wrap():
+def test_refuses_a_64_bit_token_that_would_wrap(device):
     with pytest.raises(ValueError, match="token_ids holds 4294967296"):
-        ops.aggregate_neighbors(torch.zeros(1, 1), torch.tensor([[2**32]]), temperature=1.0, vocab_size=5)
+        ops.aggregate_neighbors(
+            torch.zeros(1, 1, device=device), torch.tensor([[2**32]], device=device), temperature=1.0, vocab_size=5
+        )
 
 
 @pytest.mark.parametrize(
@@ -303,9 +351,10 @@ def test_explains_wrong_arguments(change, error, words):
         ops.aggregate_neighbors(**{**arguments, **change})
 
 
-def test_is_a_registered_operator():
+def test_is_a_registered_operator(device):
     generator = torch.Generator().manual_seed(4)
     distances, tokens = torch.rand(6, 20, generator=generator), torch.randint(9, (6, 20), generator=generator)
+    distances, tokens = distances.to(device), tokens.to(device)
     arguments = (distances, tokens, 0.3, 9, 0.0, None)
     torch.library.opcheck(torch.ops.memdec.aggregate_neighbors, arguments)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memdec import _C, MemdecError, build_info
@@ -81,22 +81,31 @@ def simd(request):
     _C.set_simd_level(before)
 
 
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() and build_info()["cuda"] == "on" else [])])
+def device(request, monkeypatch):
+    """Where products are made and filtered. With --cuda=host CUDA kernels take CPU tensors, and want more room."""
+    if build_info()["cuda"] == "host":
+        capacity = search._capacity
+        monkeypatch.setattr(search, "_capacity", lambda keep, _: capacity(keep, torch.device("cuda")))
+    return request.param
+
+
 # Whole numbers: every distance is exact in float32, ties abound, and the one right answer has equal distances in the
 # order of their ids. 3000 rows are three key blocks of 1024, the last one short; a width of 37 leaves a tail to every
 # vector.
 @pytest.mark.parametrize(("rows", "dim", "k"), [(1, 1, 1), (5, 3, 5), (40, 8, 7), (3000, 37, 100), (3000, 16, 1500)])
-def test_exact_search_is_brute_force(simd, rows, dim, k):
+def test_exact_search_is_brute_force(simd, device, rows, dim, k):
     keys, queries = whole_numbers(rows, dim, 0), whole_numbers(23, dim, 1)
     wanted, wanted_ids = brute_force(queries, keys, k)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        found, ids = search_exact(queries.to(dtype), Rows(keys), k)
+        found, ids = search_exact(queries.to(dtype), Rows(keys), k, device=device)
         assert torch.equal(found.double(), wanted)
         assert torch.equal(ids, wanted_ids)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_small_search(data):
+def test_any_small_search(device, data):
     rows, dim, n = (data.draw(st.integers(1, m)) for m in (70, 5, 9))
     k = data.draw(st.integers(1, rows))
     seed = data.draw(st.integers(0, 2**30))
@@ -108,40 +117,31 @@ def test_any_small_search(data):
     hidden = store.document_bounds(own.clamp(min=0)) if whole else torch.stack([own, own + 1], 1)
     hidden[own < 0] = 0
     wanted, wanted_ids = brute_force(queries, keys, k, hidden)
-    for device_path in (search_exact, by_tiles):
-        found, ids = device_path(queries, store, k, exclude_rows=own, exclude_documents=whole)
-        assert torch.equal(found.double(), wanted)
-        if device_path is search_exact:
-            assert torch.equal(ids, wanted_ids)
+    found, ids = search_exact(queries, store, k, exclude_rows=own, exclude_documents=whole, device=device)
+    assert torch.equal(found.double(), wanted)
+    assert torch.equal(ids, wanted_ids)
 
 
-def by_tiles(queries, store, k, exclude_rows, exclude_documents):
-    """The path that accelerators take, here on the CPU."""
-    hidden = search._excluded_ranges(store, exclude_rows, len(queries), exclude_documents)
-    buffers = search._tile_candidates(queries, store, search._mean_key(store), hidden, min(k + 32, store.num_rows), 16)
-    distances, ids = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
-    search._finish(queries, store, buffers, distances, ids)
-    return distances, ids
-
-
-def test_the_cut_of_the_work_does_not_show(monkeypatch):
+def test_the_cut_of_the_work_does_not_show(device, monkeypatch):
     """Real numbers with a large common part, where ‖x‖² − 2qx keeps few digits: to the bit the same for any blocks,
     shards, threads and memory, and the distances are those of float64 to float32's rounding of a sum of squares."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(100, generator=generator) * 40
     keys = (common + torch.randn(2500, 100, generator=generator)).half()
-    queries = (common + torch.randn(70, 100, generator=generator)).half()
+    # On the host every thread of every block takes its turn: fewer of them.
+    queries = (common + torch.randn(12 if build_info()["cuda"] == "host" else 70, 100, generator=generator)).half()
     wanted, wanted_ids = brute_force(queries, keys, 300)
-    reference = search_exact(queries, Rows(keys), 300)
+    reference = search_exact(queries, Rows(keys), 300, device=device)
     assert torch.equal(reference[1], wanted_ids)
     torch.testing.assert_close(reference[0].double(), wanted, rtol=1e-6, atol=0)
     for key_block, query_block, threads, cuts in [(64, 7, 1, [1, 2400]), (1000, 64, 2, [1250]), (2500, 1, 2, [])]:
         monkeypatch.setattr(search, "_KEY_BLOCK", key_block)
+        monkeypatch.setattr(search, "_DEVICE_KEY_BLOCK", key_block)
         monkeypatch.setattr(search, "_QUERY_BLOCK", query_block)
         torch.set_num_threads(threads)
-        for one, other in zip(search_exact(queries, Rows(keys, cuts), 300), reference, strict=True):
+        for one, other in zip(search_exact(queries, Rows(keys, cuts), 300, device=device), reference, strict=True):
             assert torch.equal(one, other)
-    tight = search_exact(queries, Rows(keys), 300, memory_limit=2_000_000)
+    tight = search_exact(queries, Rows(keys), 300, memory_limit=2_000_000, device=device)
     assert torch.equal(tight[0], reference[0]) and torch.equal(tight[1], reference[1])
 
 
@@ -156,20 +156,22 @@ def test_own_row_is_left_out_by_id_among_duplicates():
     assert ids[5].tolist() == [0, 1, 2, 3] and distances[5].tolist() == [4, 4, 4, 4]
 
 
-def test_many_duplicates_are_taken_in_the_order_of_their_ids():
+def test_many_duplicates_are_taken_in_the_order_of_their_ids(device):
     """Text that is repeated a thousand times: more equals than k and the spare candidates together."""
     kinds = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).half()
     which = torch.arange(3000) % 3
     keys = kinds[which]
-    distances, ids = search_exact(kinds, Rows(keys), 50)
+    distances, ids = search_exact(kinds, Rows(keys), 50, device=device)
     for kind in range(3):
         assert ids[kind].tolist() == list(range(kind, 150, 3))
     assert (distances == 0).all()
 
 
-def test_too_few_after_exclusion_is_padded():
+def test_too_few_after_exclusion_is_padded(device):
     keys = whole_numbers(7, 3, 0)
-    distances, ids = search_exact(keys, Rows(keys), 7, exclude_rows=torch.arange(7), exclude_documents=True)
+    distances, ids = search_exact(
+        keys, Rows(keys), 7, exclude_rows=torch.arange(7), exclude_documents=True, device=device
+    )
     assert (ids >= 0).sum(1).tolist() == [2] * 5 + [5] * 2
     assert torch.equal(torch.isinf(distances), ids < 0)
 
@@ -178,22 +180,61 @@ def test_memory_is_bounded_by_the_setting():
     keys = whole_numbers(50, 8, 0)
     with pytest.raises(MemdecError, match=r"memory_limit: 1000 bytes are too few .* is the least"):
         search_exact(keys, Rows(keys), 5, memory_limit=1000)
-    each, fixed = (search._queries_that_fit(10**9, 576, 1056, 1024) for _ in range(2))
-    assert each == fixed == 4096
-    few = search._queries_that_fit(64 << 20, 576, 1056, 1024)
+    here = search._Place.of(torch.device("cpu"))
+    assert search._queries_that_fit(10**9, 576, 1056, 1024, here) == 4096
+    few = search._queries_that_fit(64 << 20, 576, 1056, 1024, here)
     assert 0 < few * (4 * 2 * 576 + 4 * 1024 + 8 * 2144) + 4 * 1024 * 577 < 64 << 20
 
 
+def test_a_threshold_that_falls_all_the_time(device):
+    """Rows come nearer and nearer: each is below the threshold, and the buffer of candidates is cut again and again.
+    Then the same with an own row to leave out among the nearest, and more neighbours than a buffer in shared memory."""
+    keys = torch.arange(2040, 0, -1.0)[:, None].repeat(4, 3)
+    for k in (3, 1100, 2500):
+        wanted, wanted_ids = brute_force(torch.zeros(2, 3), keys, k, torch.tensor([[2039, 2040], [0, 0]]))
+        found, ids = search_exact(
+            torch.zeros(2, 3), Rows(keys), k, exclude_rows=torch.tensor([2039, -1]), device=device
+        )
+        assert torch.equal(found.double(), wanted)
+        assert torch.equal(ids, wanted_ids)
+
+
+@pytest.mark.parametrize("dim", [1, 15, 16, 17, 40, 576])
+def test_distances_have_the_bits_of_sixteen_sums_and_a_tree(device, dim):
+    """What every backend adds up: element i of (q − x)² into sum i mod 16 by fused multiply-add, but for the elements
+    beyond the last sixteen, which are squared first; then sums 8, 4, 2 and 1 apart."""
+    if device == "cpu" and build_info()["cuda"] != "host" and build_info()["simd"] == "portable":
+        pytest.skip("portable code has no fused multiply-add")
+    generator = torch.Generator().manual_seed(dim)
+    keys, queries = torch.randn(40, dim, generator=generator).half(), torch.randn(3, dim, generator=generator)
+    difference = (queries[:, None] - keys.float()[None]).numpy()
+    sums = np.zeros((3, 40, 16), np.float32)
+    whole = dim // 16 * 16
+    for i in range(
+        whole
+    ):  # a product of two float32 is exact in float64; its sum with a third is rounded twice, rarely so
+        square = difference[..., i].astype(np.float64) ** 2
+        sums[..., i % 16] = (sums[..., i % 16].astype(np.float64) + square).astype(np.float32)
+    for i in range(whole, dim):
+        sums[..., i % 16] += difference[..., i] * difference[..., i]
+    for half in (8, 4, 2, 1):
+        sums[..., :half] += sums[..., half : 2 * half]
+    wanted, order = torch.from_numpy(sums[..., 0].copy()).sort(dim=1, stable=True)
+    found, ids = search_exact(queries, Rows(keys), 40, device=device)
+    assert torch.equal(found, wanted)
+    assert torch.equal(ids, order)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_refuses_numbers_that_are_not_finite(bad):
+def test_refuses_numbers_that_are_not_finite(device, bad):
     keys, queries = whole_numbers(3000, 4, 0), whole_numbers(3, 4, 1)
     broken = keys.clone()
     broken[2077, 1] = bad
     with pytest.raises(MemdecError, match="key of row 2077 holds NaN or infinity"):
-        search_exact(queries, Rows(broken), 5)
+        search_exact(queries, Rows(broken), 5, device=device)
     queries[2, 0] = bad
     with pytest.raises(MemdecError, match="query of row 2 holds NaN or infinity"):
-        search_exact(queries, Rows(keys), 5)
+        search_exact(queries, Rows(keys), 5, device=device)
 
 
 def test_explains_wrong_arguments():

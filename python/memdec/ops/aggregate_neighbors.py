@@ -25,7 +25,8 @@ def aggregate_neighbors(
 
     Nothing of width V is built. Weights are measured from the row's least distance, so that neither a common offset nor
     a small T makes them vanish. The result is deterministic: it depends neither on the number of threads nor, beyond
-    the rounding of a float64 sum, on the order of the neighbours.
+    the rounding of a float64 sum, on the order of the neighbours. On CUDA the host waits once, for the number of pairs,
+    so that this op cannot be part of a CUDA graph; values that are wrong are found then, and raise as on the CPU.
 
     Args:
         distances: (N, k) float32, bfloat16, float16 or float64; squared L2 distances, or any score of which less is
@@ -99,6 +100,7 @@ def _forward(
     ids = torch.empty(most, dtype=torch.int32, device=device)
     probs = torch.empty(most, device=device)
     residual = torch.empty(num_rows, device=device)
+    pairs = torch.empty(1, dtype=torch.int64, device="cpu")  # written before the call returns, on CUDA as well
     launch.run(
         _C.aggregate_neighbors,
         distances.device,
@@ -114,8 +116,9 @@ def _forward(
         ids.data_ptr(),
         probs.data_ptr(),
         residual.data_ptr(),
+        pairs.data_ptr(),
     )
-    nnz = int(indptr[-1])
+    nnz = int(pairs)
     ids, probs = ids[:nnz], probs[:nnz]
     if 2 * nnz < most:
         # What was not written was never touched and takes no memory, but a pickle or a pipe would carry all of it.

@@ -1,11 +1,12 @@
 """The nearest stored rows of many queries: exact, in blocks, and through faiss.
 
 Exact search multiplies a block of queries with a block of keys (``torch.mm``) and lets a filter of ours keep what may
-be among each query's nearest (csrc/cpu/topk_filter.cpp), so that its memory is set by ``memory_limit`` and not by the
-corpus. ‖x‖² − 2·q·x loses digits where keys have a large common part, as hidden states do: the keys' mean is taken from
-both sides first, a few more candidates than k are kept, and in the end the distance of each is computed anew as
-Σ (q − x)². So the distances are those of the stored float16 keys to float32's last digits, a row's own duplicate is at
-exactly 0, and neither the block size nor the threads show in the result. Equal distances are in the order of their ids.
+be among each query's nearest (csrc/cpu/topk_filter.cpp, csrc/cuda/topk_filter.cu), so that its memory is set by
+``memory_limit`` and not by the corpus. ‖x‖² − 2·q·x loses digits where keys have a large common part, as hidden states
+do: the keys' mean is taken from both sides first, a few more candidates than k are kept, and in the end the distance of
+each is computed anew as Σ (q − x)². So the distances are those of the stored float16 keys to float32's last digits, a
+row's own duplicate is at exactly 0, and neither the block size nor the threads show in the result. Equal distances are
+in the order of their ids.
 
 faiss indexes (``flat``, ``ivfflat``, ``ivfpq``) are built once into a folder and reopened; their candidates too get
 their distances computed anew, so that only *which* rows were found depends on the index.
@@ -17,6 +18,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from memdec import _C
 from memdec.errors import MemdecError
+from memdec.ops import launch
 from memdec.pipeline.progress import progress
 from memdec.stores.atomic import folder_lock, write_file
 from memdec.stores.manifest import Manifest
@@ -38,10 +41,12 @@ INDEX_VERSION = 1
 INDEX_NAME = "index.faiss"
 
 _KEY_BLOCK = 1024  # stored rows in a matrix product: its converted keys and a row of its products stay in cache
+_DEVICE_KEY_BLOCK = 16384  # the same on an accelerator, where a small product would leave most of it idle
 _QUERY_BLOCK = 4096  # enough queries that converting the keys costs little beside multiplying them
 _SPARE = 32  # candidates beyond k that are kept until distances are exact
 _ADD_BLOCK = 16384  # stored rows that are converted at once for faiss
 _SLACK = 32  # room that the filter wants beyond what it keeps
+_DEVICE_SLACK = 1024  # on CUDA, where it takes that many columns at a time
 _MAX_ROWS = 2**32  # a candidate holds its id in 32 bits
 
 
@@ -87,8 +92,8 @@ def search_exact(
 ) -> tuple[Tensor, Tensor]:  # (n, k) float32, (n, k) int64
     """The k stored rows with the least squared L2 distance to each query.
 
-    On the CPU the products are filtered by the extension. On an accelerator the same blocks go through ``torch.topk``;
-    which of two rows at the same distance is kept at the k-th place is then up to it.
+    The products are filtered where they are made, on the CPU and (where memdec was built with CUDA) on CUDA, by the
+    same steps and with the same result. What another accelerator multiplies is filtered on the CPU.
 
     Args:
         queries: (n, dim).
@@ -110,27 +115,58 @@ def search_exact(
     """
     _check_search(queries, datastore, k)
     excluded = _excluded_ranges(datastore, exclude_rows, len(queries), exclude_documents)
+    place = _Place.of(torch.device(device))
     keep = min(k + _SPARE, datastore.num_rows)
-    key_block = min(_KEY_BLOCK, datastore.num_rows)
-    query_block = _queries_that_fit(parse_bytes(memory_limit), datastore.dim, keep, key_block)
+    limit = parse_bytes(memory_limit)
+    key_block = min(place.key_block(limit, datastore.dim), datastore.num_rows)
+    query_block = _queries_that_fit(limit, datastore.dim, keep, key_block, place)
     mean = _mean_key(datastore)
     distances = torch.empty(len(queries), k)
     ids = torch.empty(len(queries), k, dtype=torch.int64)
-    on_cpu = torch.device(device).type == "cpu"
     for start in range(0, len(queries), query_block):
         part = slice(start, start + query_block)
-        block = queries[part].detach().to(torch.float32)
+        block = queries[part].detach().to(place.filter, torch.float32).contiguous()
         _check_finite(block.sum(1), "query", start)
-        ranges = None if excluded is None else excluded[part]
-        if on_cpu:
-            block = block.cpu().contiguous()
-            buffers = _Buffers.make(len(block), keep)
-            _filter_blocks(block, datastore, mean, ranges, buffers, key_block)
-        else:
-            buffers = _tile_candidates(block.to(device), datastore, mean.to(device), ranges, keep, key_block)
-            block = block.cpu().contiguous()
-        _finish(block, datastore, buffers, distances[part], ids[part])
+        ranges = None if excluded is None else excluded[part].to(place.filter)
+        buffers = _Buffers.make(len(block), keep, place.filter)
+        _filter_blocks(block, datastore, mean, ranges, buffers, key_block, place)
+        _finish(block, datastore, buffers, distances[part], ids[part], key_block)
     return distances, ids
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where products are made, and where they are filtered: on the same device if it has a filter, else on the CPU."""
+
+    products: torch.device
+    filter: torch.device
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Place:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        has_filter = device.type == "cuda" and launch.HAS_CUDA
+        return cls(device, device if has_filter else torch.device("cpu"))
+
+    def key_block(self, limit: int, dim: int) -> int:
+        """Stored rows in a product, within an eighth of the memory on an accelerator."""
+        if self.products.type == "cpu":
+            return _KEY_BLOCK
+        return max(_KEY_BLOCK, min(_DEVICE_KEY_BLOCK, limit // (8 * 6 * dim)))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Products in float32 proper: in TF32 the filter would lose neighbours that are not among the spare ones."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu" or before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _check_search(queries: Tensor, datastore: KeyStore, k: int) -> None:
@@ -166,12 +202,17 @@ def _excluded_ranges(datastore: KeyStore, rows: Tensor | None, n: int, whole_doc
     return ranges.masked_fill(none[:, None], 0).contiguous()
 
 
-def _queries_that_fit(limit: int, dim: int, keep: int, key_block: int) -> int:
+def _queries_that_fit(limit: int, dim: int, keep: int, key_block: int, place: _Place) -> int:
     """How many queries can be searched at once within ``limit`` bytes of working memory."""
     # Keys as float32; a query as float32, and once more without the mean; its products; its candidates, and the spare
-    # buffer a thread needs to cut them.
-    fixed = 4 * key_block * (dim + 1) + 8 * torch.get_num_threads() * (2 * keep + _SLACK)
-    each = 4 * 2 * dim + 4 * key_block + 8 * (2 * keep + _SLACK) + 8
+    # buffer a thread of the CPU needs to cut them. On an accelerator also the keys as they are stored.
+    capacity = _capacity(keep, place.filter)
+    fixed = 4 * key_block * (dim + 1)
+    if place.filter.type == "cpu":
+        fixed += 8 * torch.get_num_threads() * capacity
+    if place.products.type != "cpu":
+        fixed += 2 * key_block * dim
+    each = 4 * 2 * dim + 4 * key_block + 8 * capacity + 8
     if limit < fixed + each:
         raise MemdecError(
             f"memory_limit: {limit} bytes are too few for exact search with keys of {dim} numbers and "
@@ -201,6 +242,11 @@ def _check_finite(sums: Tensor, what: str, first: int) -> None:
         )
 
 
+def _capacity(keep: int, device: torch.device) -> int:
+    """Room for a query's candidates: the more, the rarer they are cut."""
+    return keep + max(keep + _SLACK, _SLACK if device.type == "cpu" else _DEVICE_SLACK)
+
+
 @dataclass(frozen=True)
 class _Buffers:
     """Candidates of a block of queries, as csrc/memdec.h describes TopkBuffers."""
@@ -211,14 +257,15 @@ class _Buffers:
     keep: int
 
     @classmethod
-    def make(cls, rows: int, keep: int) -> _Buffers:
-        keys = torch.empty(rows, 2 * keep + _SLACK, dtype=torch.int64)
-        return cls(keys, torch.zeros(rows, dtype=torch.int32), torch.full((rows,), math.inf), keep)
+    def make(cls, rows: int, keep: int, device: torch.device) -> _Buffers:
+        keys = torch.empty(rows, _capacity(keep, device), dtype=torch.int64, device=device)
+        counts = torch.zeros(rows, dtype=torch.int32, device=device)
+        return cls(keys, counts, torch.full((rows,), math.inf, device=device), keep)
 
     @classmethod
     def of_ids(cls, ids: Tensor) -> _Buffers:
         """Of found ids (rows, k), −1 where there is none."""
-        buffers = cls.make(len(ids), ids.shape[1])
+        buffers = cls.make(len(ids), ids.shape[1], ids.device)
         order = (ids < 0).to(torch.int8).argsort(dim=1, stable=True)  # what was found first
         buffers.keys[:, : ids.shape[1]] = ids.gather(1, order).clamp(min=0)
         buffers.counts.copy_((ids >= 0).sum(1))
@@ -230,18 +277,27 @@ class _Buffers:
 
 
 def _filter_blocks(
-    queries: Tensor, datastore: KeyStore, mean: Tensor, excluded: Tensor | None, buffers: _Buffers, key_block: int
+    queries: Tensor,
+    datastore: KeyStore,
+    mean: Tensor,
+    excluded: Tensor | None,
+    buffers: _Buffers,
+    key_block: int,
+    place: _Place,
 ) -> None:
     """Push the nearest of all stored rows into ``buffers``, by ‖x‖² − 2·q·x of keys and queries without their mean."""
-    threads = torch.get_num_threads()
-    centred = queries - mean
-    converted, norm_buffer = torch.empty(key_block, datastore.dim), torch.empty(key_block)
-    products = torch.empty(len(queries), key_block)
+    mean = mean.to(place.filter)
+    centred = (queries - mean).to(place.products)
+    converted = torch.empty(key_block, datastore.dim, device=place.filter)
+    norm_buffer = torch.empty(key_block, device=place.filter)
+    products = torch.empty(len(queries), key_block, device=place.products)
     for start in range(0, datastore.num_rows, key_block):
         stop = min(start + key_block, datastore.num_rows)
         keys, norms = converted[: stop - start], norm_buffer[: stop - start]
-        stored = datastore.keys(start, stop)
-        _C.topk_filter_prepare(
+        stored = datastore.keys(start, stop).to(place.filter)
+        launch.run(
+            _C.topk_filter_prepare,
+            place.filter,
             stored.data_ptr(),
             stored.stride(0),
             mean.data_ptr(),
@@ -249,12 +305,15 @@ def _filter_blocks(
             datastore.dim,
             keys.data_ptr(),
             norms.data_ptr(),
-            threads,
         )
         _check_finite(norms, "key", start)
         tile = products[:, : stop - start]
-        torch.mm(centred, keys.t(), out=tile)
-        _C.topk_filter_update(
+        with _full_precision(place.products):
+            torch.mm(centred, keys.to(place.products).t(), out=tile)
+        tile = tile.to(place.filter)
+        launch.run(
+            _C.topk_filter_update,
+            place.filter,
             buffers.described(),
             tile.data_ptr(),
             tile.stride(0),
@@ -263,52 +322,47 @@ def _filter_blocks(
             norms.data_ptr(),
             start,
             0 if excluded is None else excluded.data_ptr(),
-            threads,
         )
 
 
-def _tile_candidates(
-    queries: Tensor, datastore: KeyStore, mean: Tensor, excluded: Tensor | None, keep: int, key_block: int
-) -> _Buffers:
-    """The same with torch.topk, on any device."""
-    device = queries.device
-    centred = queries - mean
-    best = torch.full((len(queries), keep), math.inf, device=device)
-    best_ids = torch.full((len(queries), keep), -1, dtype=torch.int64, device=device)
-    hidden = None if excluded is None else excluded.to(device)
-    for start in range(0, datastore.num_rows, key_block):
-        stop = min(start + key_block, datastore.num_rows)
-        keys = datastore.keys(start, stop).to(device).float() - mean
-        norms = keys.square().sum(1)
-        _check_finite(norms, "key", start)
-        tile = torch.addmm(norms[None], centred, keys.t(), alpha=-2)
-        ids = torch.arange(start, stop, device=device)
-        if hidden is not None:
-            tile.masked_fill_((ids >= hidden[:, :1]) & (ids < hidden[:, 1:]), math.inf)
-        both, both_ids = torch.cat([best, tile], 1), torch.cat([best_ids, ids.expand_as(tile)], 1)
-        best, places = torch.topk(both, keep, dim=1, largest=False)
-        best_ids = both_ids.gather(1, places)
-    return _Buffers.of_ids(best_ids.masked_fill(best == math.inf, -1).cpu())
-
-
-def _finish(queries: Tensor, datastore: KeyStore, buffers: _Buffers, distances: Tensor, ids: Tensor) -> None:
+def _finish(
+    queries: Tensor, datastore: KeyStore, buffers: _Buffers, distances: Tensor, ids: Tensor, key_block: int
+) -> None:
     """Compute the candidates' distances anew and write the k best of each query."""
-    threads = torch.get_num_threads()
-    for start, stop in datastore.shard_bounds:
-        stored = datastore.keys(start, stop)
-        _C.topk_filter_refine(
-            buffers.described(),
-            queries.data_ptr(),
-            stored.data_ptr(),
-            stored.stride(0),
-            len(queries),
-            stop - start,
-            datastore.dim,
-            start,
-            threads,
-        )
-    pointers = distances.data_ptr(), ids.data_ptr()
-    _C.topk_filter_select(buffers.described(), len(queries), distances.shape[1], *pointers, threads)
+    device = buffers.keys.device
+    on_cpu = device.type == "cpu"
+    for first, last in datastore.shard_bounds:
+        # The CPU reads a shard's keys where they are; to a device they go in blocks.
+        step = max(1, last - first) if on_cpu else key_block
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            stored = datastore.keys(start, stop).to(device)
+            launch.run(
+                _C.topk_filter_refine,
+                device,
+                buffers.described(),
+                queries.data_ptr(),
+                stored.data_ptr(),
+                stored.stride(0),
+                len(queries),
+                stop - start,
+                datastore.dim,
+                start,
+            )
+    found = distances if on_cpu else torch.empty(distances.shape, device=device)
+    found_ids = ids if on_cpu else torch.empty(ids.shape, dtype=torch.int64, device=device)
+    launch.run(
+        _C.topk_filter_select,
+        device,
+        buffers.described(),
+        len(queries),
+        distances.shape[1],
+        found.data_ptr(),
+        found_ids.data_ptr(),
+    )
+    if not on_cpu:
+        distances.copy_(found)
+        ids.copy_(found_ids)
 
 
 def recall_at_k(found: Tensor, true: Tensor) -> float:
@@ -424,7 +478,7 @@ class FaissIndex:
             ids = ids.masked_fill((ids >= excluded[:, :1]) & (ids < excluded[:, 1:]), -1)
         distances = torch.empty(len(queries), k)
         found = torch.empty(len(queries), k, dtype=torch.int64)
-        _finish(queries, datastore, _Buffers.of_ids(ids), distances, found)
+        _finish(queries, datastore, _Buffers.of_ids(ids), distances, found, _KEY_BLOCK)
         return distances, found
 
     def _parameters(self, selector: Any) -> Any:
