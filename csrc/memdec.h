@@ -267,6 +267,14 @@ const char* const* simd_levels_built();       // null-terminated
 namespace cuda {
 Status token_log_prob(const TokenLogProb& op, const Launch& launch);
 int64_t workspace_bytes(const TokenLogProb& op);
+Status interpolate(const Interpolate& op, const Launch& launch);
+int64_t workspace_bytes(const Interpolate& op);
+Status interpolate_argmax(const InterpolateArgmax& op, const Launch& launch);
+int64_t workspace_bytes(const InterpolateArgmax& op);
+Status interpolate_log_prob(const InterpolateLogProb& op, const Launch& launch);
+int64_t workspace_bytes(const InterpolateLogProb& op);
+Status interpolate_sparse(const InterpolateSparse& op, const Launch& launch);
+int64_t workspace_bytes(const InterpolateSparse& op);
 }  // namespace cuda
 
 }  // namespace memdec

@@ -17,6 +17,14 @@ inline constexpr Kernels<Op> kernels{};
 #if MEMDEC_HAS_CUDA
 template <>
 inline constexpr Kernels<TokenLogProb> kernels<TokenLogProb>{token_log_prob, workspace_bytes};
+template <>
+inline constexpr Kernels<Interpolate> kernels<Interpolate>{interpolate, workspace_bytes};
+template <>
+inline constexpr Kernels<InterpolateArgmax> kernels<InterpolateArgmax>{interpolate_argmax, workspace_bytes};
+template <>
+inline constexpr Kernels<InterpolateLogProb> kernels<InterpolateLogProb>{interpolate_log_prob, workspace_bytes};
+template <>
+inline constexpr Kernels<InterpolateSparse> kernels<InterpolateSparse>{interpolate_sparse, workspace_bytes};
 #endif
 
 }  // namespace memdec::cuda

@@ -68,6 +68,23 @@ inline Status on_device(const Launch& launch, DType dtype, const char* argument,
   return device.status();
 }
 
+// Deals out a workspace, each part aligned; without memory (null) it only counts.
+class Parts {
+ public:
+  explicit Parts(void* workspace) : begin_(reinterpret_cast<uintptr_t>(workspace)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* const part = reinterpret_cast<T*>(begin_ + static_cast<uintptr_t>(used_));
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return part;
+  }
+  int64_t bytes() const { return used_; }
+
+ private:
+  uintptr_t begin_;
+  int64_t used_ = 0;
+};
+
 // Memory that the threads of a block share, uninitialised: one place for each type T in a kernel, so two uses of one type in a
 // kernel meet in the same place, and want a barrier between them.
 template <class T>
