@@ -273,6 +273,8 @@ Status interpolate_argmax(const InterpolateArgmax& op, const Launch& launch);
 int64_t workspace_bytes(const InterpolateArgmax& op);
 Status interpolate_log_prob(const InterpolateLogProb& op, const Launch& launch);
 int64_t workspace_bytes(const InterpolateLogProb& op);
+Status interpolate_sample(const InterpolateSample& op, const Launch& launch);
+int64_t workspace_bytes(const InterpolateSample& op);
 Status interpolate_sparse(const InterpolateSparse& op, const Launch& launch);
 int64_t workspace_bytes(const InterpolateSparse& op);
 }  // namespace cuda

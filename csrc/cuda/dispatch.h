@@ -24,6 +24,8 @@ inline constexpr Kernels<InterpolateArgmax> kernels<InterpolateArgmax>{interpola
 template <>
 inline constexpr Kernels<InterpolateLogProb> kernels<InterpolateLogProb>{interpolate_log_prob, workspace_bytes};
 template <>
+inline constexpr Kernels<InterpolateSample> kernels<InterpolateSample>{interpolate_sample, workspace_bytes};
+template <>
 inline constexpr Kernels<InterpolateSparse> kernels<InterpolateSparse>{interpolate_sparse, workspace_bytes};
 #endif
 
