@@ -278,6 +278,16 @@ Status alignment_loss(const AlignmentLoss& op, const Launch& launch);
 int64_t workspace_bytes(const AlignmentLoss& op);
 Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);
 int64_t workspace_bytes(const AlignmentGradient& op);
+Status interpolate(const Interpolate& op, const Launch& launch);
+int64_t workspace_bytes(const Interpolate& op);
+Status interpolate_argmax(const InterpolateArgmax& op, const Launch& launch);
+int64_t workspace_bytes(const InterpolateArgmax& op);
+Status interpolate_log_prob(const InterpolateLogProb& op, const Launch& launch);
+int64_t workspace_bytes(const InterpolateLogProb& op);
+Status interpolate_sample(const InterpolateSample& op, const Launch& launch);
+int64_t workspace_bytes(const InterpolateSample& op);
+Status interpolate_sparse(const InterpolateSparse& op, const Launch& launch);
+int64_t workspace_bytes(const InterpolateSparse& op);
 }  // namespace cuda
 
 }  // namespace memdec

@@ -17,8 +17,6 @@
 
 namespace memdec::MEMDEC_LEVEL {
 
-constexpr uint64_t golden = 0x9E3779B97F4A7C15u;  // 2⁶⁴ / φ
-
 template <class A>
 struct Best {
   A score = static_cast<A>(-INFINITY);

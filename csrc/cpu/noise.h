@@ -1,22 +1,14 @@
 // Gumbel noise of many tokens at once: Philox4x32-10 in lanes, then −log(−log1p(−u)).
 #pragma once
 
-#include "core/philox.h"
+#include "core/noise.h"
 #include "cpu/rows.h"
 
 namespace memdec::MEMDEC_LEVEL {
 
-// Separate streams of one (seed, offset): the second half of the counter's low word. Draft, acceptance and residual follow.
-enum Stream : uint32_t { noise_stream = 0, coin_stream = 1 };
-
 constexpr int philox_lanes = 16;
 constexpr int64_t noise_columns = 1024;  // of noise at a time: stays in the first-level cache
 constexpr double largest_gumbel = 22.9;  // −log(−log1p(−2⁻³³)) = 33 log 2, rounded up
-
-// Draw v is word v mod 4 of Philox at counter (v div 4, stream, offset).
-inline uint32_t draw_of(uint64_t seed, uint64_t offset, Stream stream, uint32_t v) {
-  return philox(seed, (static_cast<uint64_t>(stream) << 32) | (v / 4), offset).word[v % 4];
-}
 
 // Lanes of 64 bits of which the low 32 count: what multiply leaves in the upper half of a lane is never read.
 #if defined(MEMDEC_LEVEL_IS_avx512)
@@ -137,8 +129,7 @@ inline void draws_of_tokens(uint64_t seed, uint64_t offset, const int32_t* token
   }
 }
 
-// The noise of V::width draws: −log(E), E = −log1p(−u), u = (k + ½)·2⁻³². For draws above ½, E = −log(1 − u) from the
-// complement of k, because in float32 u itself would round to 1.
+// The noise of V::width draws: gumbel_of (core/noise.h), in lanes.
 template <class V>
 inline V gumbel(const uint32_t* draw);
 
@@ -160,10 +151,7 @@ inline VecF gumbel<VecF>(const uint32_t* draw) {
 }
 template <>
 inline VecD gumbel<VecD>(const uint32_t* draw) {
-  return each_lane<VecD>([&](int i) {
-    const double exponential = draw[i] >> 31 ? -::log(uniform(~draw[i])) : -::log1p(-uniform(draw[i]));
-    return -::log(exponential);
-  });
+  return each_lane<VecD>([&](int i) { return gumbel_of<double>(draw[i]); });
 }
 
 }  // namespace memdec::MEMDEC_LEVEL

@@ -31,6 +31,16 @@ template <>
 inline constexpr Kernels<AlignmentLoss> kernels<AlignmentLoss>{alignment_loss, workspace_bytes};
 template <>
 inline constexpr Kernels<AlignmentGradient> kernels<AlignmentGradient>{alignment_gradient, workspace_bytes};
+template <>
+inline constexpr Kernels<Interpolate> kernels<Interpolate>{interpolate, workspace_bytes};
+template <>
+inline constexpr Kernels<InterpolateArgmax> kernels<InterpolateArgmax>{interpolate_argmax, workspace_bytes};
+template <>
+inline constexpr Kernels<InterpolateLogProb> kernels<InterpolateLogProb>{interpolate_log_prob, workspace_bytes};
+template <>
+inline constexpr Kernels<InterpolateSample> kernels<InterpolateSample>{interpolate_sample, workspace_bytes};
+template <>
+inline constexpr Kernels<InterpolateSparse> kernels<InterpolateSparse>{interpolate_sparse, workspace_bytes};
 #endif
 
 }  // namespace memdec::cuda

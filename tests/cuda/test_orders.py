@@ -59,6 +59,26 @@ def alignment(rows: int, vocab: int, **options: bool) -> list[torch.Tensor]:
     return [*loss, leaf.grad]
 
 
+def pair(rows: int = 5, vocab: int = 16401) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits(rows, vocab), logits(rows, vocab).flip(-1)
+
+
+def sparse(rows: int, vocab: int) -> list[torch.Tensor]:
+    """Teachers of every seventh token and of every one of the last ten."""
+    q = torch.zeros(rows, vocab)
+    q[:, ::7] = 0.5 / vocab
+    q[:, -10:] = 0.05
+    return [ops.interpolate_sparse(logits(rows, vocab), SparseDistributions.from_dense(q), 0.4)]
+
+
+def sample(vocab: int = 16401, **settings: float) -> list[torch.Tensor]:
+    """Rows as they are, rounded to few values (ties everywhere) and flat."""
+    return [
+        ops.interpolate_sample(x, y, 0.4, seed=4, **settings)
+        for x, y in (pair(vocab=vocab), (x.round() for x in pair(vocab=vocab)), (x * 0 for x in pair(vocab=vocab)))
+    ]
+
+
 # name → what it computes, as a list of tensors; a row of 16401 is three spans, and few rows are split over blocks.
 CASES = {
     "token_log_prob": lambda: [ops.token_log_prob(logits(), TARGETS)],
@@ -71,6 +91,17 @@ CASES = {
     "alignment_loss": lambda: alignment(5, 16401),
     "alignment_loss in place": lambda: alignment(5, 16401, grad_in_place=True),
     "alignment_loss in place of many rows": lambda: alignment(257, 301, grad_in_place=True),
+    "interpolate": lambda: [ops.interpolate(*pair(), 0.4)],
+    "interpolate of many rows": lambda: [ops.interpolate(*pair(17, 8200), torch.linspace(0, 1, 17))],
+    "interpolate_log_prob": lambda: [ops.interpolate_log_prob(*pair(), TARGETS, 0.4)],
+    "interpolate_argmax": lambda: [ops.interpolate_argmax(*pair(), 0.4)],
+    "interpolate_argmax of flat rows": lambda: [ops.interpolate_argmax(*(x * 1e-3 for x in pair()), 0.4)],
+    "interpolate_sample": lambda: sample(),
+    "interpolate_sample, temperature": lambda: sample(temperature=0.7),
+    "interpolate_sample, top_k": lambda: sample(top_k=40),
+    "interpolate_sample, top_p": lambda: sample(9000, top_p=0.9),
+    "interpolate_sample, all": lambda: sample(9000, temperature=1.3, top_k=3000, top_p=0.8, min_p=0.01),
+    "interpolate_sparse": lambda: sparse(17, 16401),
 }
 
 

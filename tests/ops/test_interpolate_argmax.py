@@ -9,10 +9,10 @@ from memdec import ops
 from memdec.ops import reference
 
 
-def pair(rows, vocab, dtype, seed=0, scale=4.0):
+def pair(rows, vocab, dtype, seed=0, scale=4.0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        (scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)
+        (scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(device, dtype) for _ in range(2)
     )
 
 
@@ -25,38 +25,38 @@ def assert_likeliest(tokens, base, memory, alpha):
 
 @pytest.mark.parametrize("vocab", [1, 7, 4097, 50257, 151936, 262144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_as_the_reference(simd, dtype, vocab):
-    base, memory = pair(3, vocab, dtype)
-    for alpha in (0.0, 1e-5, 1.0, torch.tensor([0.3, 0.9, 0.5])):
+def test_as_the_reference(simd, device, dtype, vocab):
+    base, memory = pair(3, vocab, dtype, device=device)
+    for alpha in (0.0, 1e-5, 1.0, torch.tensor([0.3, 0.9, 0.5], device=device)):
         assert_likeliest(ops.interpolate_argmax(base, memory, alpha), base, memory, alpha)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_the_lowest_of_equals(simd, alpha):
+def test_the_lowest_of_equals(simd, device, alpha):
     """Equal logits in both components, at the borders of vectors and blocks: the first, as torch.argmax."""
     vocab = 3 * 4096 + 5
-    for first in (0, 1, 15, 16, 17, 4095, 4096, 8191, vocab - 2):
-        base, memory = torch.zeros(1, vocab), torch.zeros(1, vocab)
+    for first in (0, 1, 15, 16, 17, 4095, 4096, 8191, 8192, vocab - 2):
+        base, memory = torch.zeros(2, 1, vocab, device=device)
         for token in {first, min(first + 1, vocab - 1), vocab - 1}:
             base[0, token] = memory[0, token] = 2.0
         assert int(ops.interpolate_argmax(base, memory, alpha)) == first
-    flat = torch.zeros(2, vocab)
+    flat = torch.zeros(2, vocab, device=device)
     assert ops.interpolate_argmax(flat, flat, alpha).tolist() == [0, 0]
 
 
-def test_a_compromise_wins(simd):
+def test_a_compromise_wins(simd, device):
     """A token that is second in both components and likeliest in the mixture, wherever it stands."""
     vocab = 9000
     for token in (5, 4095, 4096, 8999):
-        base, memory = torch.full((1, vocab), -9.0), torch.full((1, vocab), -9.0)
+        base, memory = torch.full((2, 1, vocab), -9.0, device=device)
         base[0, 17], memory[0, 4200] = 1.0, 1.0
         base[0, token] = memory[0, token] = 0.9
         assert int(ops.interpolate_argmax(base, memory, 0.5)) == token
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0])
-def test_flat_to_peaked(simd, scale):
+def test_flat_to_peaked(simd, device, scale):
     """From nearly uniform rows, where the second pass must look at every token, to one token that holds everything."""
-    base, memory = pair(6, 20000, torch.float32, scale=scale)
+    base, memory = pair(6, 20000, torch.float32, scale=scale, device=device)
     for alpha in (1e-30, 0.01, 0.5, 0.999999):
         assert_likeliest(ops.interpolate_argmax(base, memory, alpha), base, memory, alpha)

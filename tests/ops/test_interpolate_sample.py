@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from memdec import ops
+from memdec import build_info, ops
 from memdec.ops import reference
 
 WARPERS = {
@@ -29,39 +29,45 @@ WARPERS = {
 warpers = pytest.mark.parametrize("settings", WARPERS.values(), ids=WARPERS.keys())
 
 
-def pair(rows, vocab, dtype, seed=0, scale=3.0):
+def pair(rows, vocab, dtype, seed=0, scale=3.0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        (scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)
+        (scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(device, dtype) for _ in range(2)
     )
 
 
 @warpers
 @pytest.mark.parametrize(("rows", "vocab"), [(40, 7), (20, 4097), (3, 50257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_reference_s_tokens(simd, dtype, rows, vocab, settings):
+def test_the_reference_s_tokens(simd, device, dtype, rows, vocab, settings):
     """The same token as the reference in float64, but for scores within rounding of each other (float64: never).
 
     A float32 score errs by some 1e-6, and two best scores are closer than 1e-5 in one row of 10⁵: one row may differ.
     """
-    base, memory = pair(rows, vocab, dtype)
-    arguments = {"seed": 2**63 + 11, "offset": torch.arange(rows) * 2**33, **settings}
+    base, memory = pair(rows, vocab, dtype, device=device)
+    arguments = {"seed": 2**63 + 11, "offset": torch.arange(rows, device=device) * 2**33, **settings}
     wanted = reference.interpolate_sample(base.double(), memory.double(), 0.4, **arguments)
     got = ops.interpolate_sample(base, memory, 0.4, **arguments)
     assert int((got != wanted).sum()) <= (0 if dtype == torch.float64 else 1)
 
 
 @warpers
-def test_ties_at_every_border(simd, settings):
+def test_ties_at_every_border(simd, device, settings):
     """Whole logits, some 6 values: k-th scores, nucleus borders and minima all fall on ties, as in the reference."""
-    base, memory = (x.round() for x in pair(64, 200, torch.float64, scale=1.0))
+    base, memory = (x.round() for x in pair(32, 200, torch.float64, scale=1.0, device=device))
     settings = {**settings, "top_k": min(settings.get("top_k", 0), 30)}
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float32,) if device == "cuda" else (torch.float64, torch.float32):
         wanted = reference.interpolate_sample(base, base if dtype == torch.float32 else memory, 0.4, seed=9, **settings)
         got = ops.interpolate_sample(
             base.to(dtype), (base if dtype == torch.float32 else memory).to(dtype), 0.4, seed=9, **settings
         )
         assert int((got != wanted).sum()) <= (0 if dtype == torch.float64 else 1)
+
+
+many_draws = pytest.mark.skipif(
+    build_info()["cuda"] == "host",
+    reason="so many draws take minutes there, and the tests above compare its tokens with the reference's",
+)
 
 
 def chi_square(counts, probs):
@@ -77,20 +83,22 @@ def chi_square(counts, probs):
     return float(((observed - expected) ** 2 / expected).sum()), limit
 
 
+@many_draws
 @warpers
 @pytest.mark.parametrize("varied", ["row", "seed", "offset"])
-def test_frequencies(settings, varied):
+def test_frequencies(device, settings, varied):
     """χ² of 100,000 draws from one pair of rows against the warped mixture; false alarm 10⁻⁶ a case, 3·10⁻⁵ in all.
 
     The draws differ by the row index that an int seed mixes in, by the seed, or by the offset alone.
     """
     rows, vocab, alpha = 100_000, 50, 0.35
-    base, memory = pair(1, vocab, torch.float32, scale=1.5)
+    base, memory = pair(1, vocab, torch.float32, scale=1.5, device=device)
     settings = {**settings, "top_k": min(settings.get("top_k", 0), 12)}
     log_p = reference.interpolate(base.double(), memory.double(), alpha)
     probs = reference.warp(log_p, **settings).softmax(-1)[0]
-    count = torch.arange(rows)
-    streams = {"row": {"seed": 1}, "seed": {"seed": count}, "offset": {"seed": torch.full((rows,), 5), "offset": count}}
+    count = torch.arange(rows, device=device)
+    same = torch.full_like(count, 5)
+    streams = {"row": {"seed": 1}, "seed": {"seed": count}, "offset": {"seed": same, "offset": count}}
     tokens = ops.interpolate_sample(
         base.expand(rows, -1), memory.expand(rows, -1), alpha, **streams[varied], **settings
     )
@@ -98,11 +106,13 @@ def test_frequencies(settings, varied):
     assert statistic < limit
 
 
-def test_coin_and_noise_are_independent():
+@many_draws
+def test_coin_and_noise_are_independent(device):
     """χ² over (component, token) pairs: disjoint halves of the vocabulary tell which component was drawn from."""
     rows = 100_000
-    base, memory = torch.full((1, 8), -math.inf), torch.full((1, 8), -math.inf)
-    base[0, :4], memory[0, 4:] = torch.tensor([0.0, 1.0, 0.5, -1.0]), torch.tensor([1.0, 0.0, 0.3, 0.2])
+    base, memory = torch.full((2, 1, 8), -math.inf, device=device)
+    base[0, :4] = torch.tensor([0.0, 1.0, 0.5, -1.0])
+    memory[0, 4:] = torch.tensor([1.0, 0.0, 0.3, 0.2])
     probs = torch.cat([0.7 * base[0, :4].softmax(0), 0.3 * memory[0, 4:].softmax(0)])
     tokens = ops.interpolate_sample(base.expand(rows, -1), memory.expand(rows, -1), 0.3, seed=8)
     statistic, limit = chi_square(torch.bincount(tokens, minlength=8), probs)
@@ -126,9 +136,9 @@ def test_rare_tokens_are_drawn_as_often_as_they_should():
 
 
 @warpers
-def test_a_row_draws_in_a_batch_as_alone(settings):
-    base, memory = pair(9, 20000, torch.float32)
-    seeds, offsets = torch.randint(-(2**63), 2**63 - 1, (9,)), torch.randint(-(2**63), 2**63 - 1, (9,))
+def test_a_row_draws_in_a_batch_as_alone(device, settings):
+    base, memory = pair(9, 20000, torch.float32, device=device)
+    seeds, offsets = torch.randint(-(2**63), 2**63 - 1, (2, 9), device=device)
     batch = ops.interpolate_sample(base, memory, 0.4, seed=seeds, offset=offsets, **settings)
     for i in range(9):
         row = slice(i, i + 1)
@@ -138,10 +148,10 @@ def test_a_row_draws_in_a_batch_as_alone(settings):
         assert int(alone) == int(batch[i])
 
 
-def test_scalar_tensors_are_numbers_and_64_bits_count():
-    base, memory = (x.expand(30, -1) for x in pair(1, 500, torch.float32))
+def test_scalar_tensors_are_numbers_and_64_bits_count(device):
+    base, memory = (x.expand(30, -1) for x in pair(1, 500, torch.float32, device=device))
     draw = lambda seed, offset=0: ops.interpolate_sample(base, memory, 0.4, seed=seed, offset=offset)  # noqa: E731
-    assert torch.equal(draw(7, 3), draw(torch.tensor(7), torch.tensor(3)))
+    assert torch.equal(draw(7, 3), draw(torch.tensor(7, device=device), torch.tensor(3, device=device)))
     assert torch.equal(draw(2**64 - 1), draw(-1))
     assert draw(7).unique().numel() > 5  # one row after the other draws anew
     for other in (draw(8), draw(7 + 2**32), draw(7, 1), draw(7, 2**32)):
@@ -164,3 +174,35 @@ def test_arguments_that_cannot_be():
     ):
         with pytest.raises(error, match=message):
             ops.interpolate_sample(base, memory, 0.4, **{"seed": 1, **settings})
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 5, "top_p": 0.9}])
+def test_more_rows_than_have_scores_at_once(device, settings):
+    """The CUDA kernels keep the scores of 128 rows in their workspace."""
+    base, memory = pair(131, 33, torch.float32, device=device)
+    wanted = reference.interpolate_sample(base.double(), memory.double(), 0.4, seed=2, **settings)
+    assert int((ops.interpolate_sample(base, memory, 0.4, seed=2, **settings) != wanted).sum()) <= 1
+
+
+@warpers
+def test_flat_and_peaked_rows(device, settings):
+    """Flat rows tie everywhere and fill every list of candidates; peaked ones leave a single token."""
+    flat = torch.zeros(4, 9000, device=device)
+    arguments = {"seed": 5, **settings}
+    wanted = reference.interpolate_sample(flat.double(), flat.double(), 0.5, **arguments)
+    assert torch.equal(ops.interpolate_sample(flat, flat, 0.5, **arguments), wanted)
+    flat[:, 8200] = 1e4
+    assert ops.interpolate_sample(flat, flat, 0.5, **arguments).tolist() == [8200] * 4
+
+
+def test_alpha_outside_0_to_1_on_cuda(device, on_cuda):
+    """Nothing may wait for the device to check: such a row has no token, and the others have theirs."""
+    if not on_cuda:
+        pytest.skip("the CPU raises: see test_mixture")
+    base, memory = pair(4, 9000, torch.float32, device=device)
+    alpha = torch.tensor([0.5, -0.25, math.nan, 1.5], device=device)
+    for settings in WARPERS.values():
+        tokens = ops.interpolate_sample(base, memory, alpha, seed=1, **settings)
+        assert tokens[0] >= 0 and tokens[1:].tolist() == [-1, -1, -1]
+    assert ops.interpolate_argmax(base, memory, alpha)[1:].tolist() == [-1, -1, -1]
+    assert ops.interpolate(base, memory, alpha).isnan().all(-1).tolist() == [False, True, True, True]

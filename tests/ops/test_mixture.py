@@ -38,9 +38,11 @@ family = pytest.mark.parametrize("op", FAMILY.values(), ids=FAMILY.keys())
 with_sparse = pytest.mark.parametrize("op", WITH_SPARSE.values(), ids=WITH_SPARSE.keys())
 
 
-def pair(*shape, dtype=torch.float32, seed=0, scale=3.0):
+def pair(*shape, dtype=torch.float32, seed=0, scale=3.0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return tuple((scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2))
+    return tuple(
+        (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(device, dtype) for _ in range(2)
+    )
 
 
 def assert_same(got, wanted):
@@ -53,13 +55,13 @@ def assert_same(got, wanted):
 
 
 @family
-def test_broken_rows(simd, op):
+def test_broken_rows(simd, device, op):
     """Rows of NaN, +inf or nothing but −inf in a component with weight: NaN log-probs, token −1. Without: no matter.
 
     V = 5000 puts the one NaN into a later block than the first.
     """
     vocab = 5000
-    good = pair(1, vocab)[0][0]
+    good = pair(1, vocab, device=device)[0][0]
     rows = {
         "good": good,
         "masked": good.clone(),
@@ -73,7 +75,7 @@ def test_broken_rows(simd, op):
     names = [(b, m) for b in rows for m in rows]
     base, memory = torch.stack([rows[b] for b, _ in names]), torch.stack([rows[m] for _, m in names])
     broken = ("nan", "inf", "none")
-    for alpha in (0.0, 0.3, 1.0, torch.tensor(0.3), torch.linspace(0, 1, len(names))):
+    for alpha in (0.0, 0.3, 1.0, torch.tensor(0.3), torch.linspace(0, 1, len(names), device=device)):
         got, wanted = op(base, memory, alpha), op(base.double(), memory.double(), alpha, reference)
         for i, (b, m) in enumerate(names):
             a = float(torch.as_tensor(alpha).expand(len(names))[i])
@@ -88,8 +90,8 @@ def test_broken_rows(simd, op):
 
 
 @with_sparse
-def test_masked_tokens_stay_masked(simd, op):
-    base, memory = pair(6, 300)
+def test_masked_tokens_stay_masked(simd, device, op):
+    base, memory = pair(6, 300, device=device)
     base[:, ::3] = -INF
     memory[:, ::3] = -INF
     got = op(base, memory, 0.4)
@@ -100,9 +102,9 @@ def test_masked_tokens_stay_masked(simd, op):
 
 
 @with_sparse
-def test_a_common_offset_changes_nothing(simd, op):
+def test_a_common_offset_changes_nothing(simd, device, op):
     """Logits in steps of 2⁻⁹ are exact at 1e4 ± 16 in float32, so the results must agree bit for bit."""
-    base, memory = ((x * 512).round() / 512 for x in pair(5, 5000))
+    base, memory = ((x * 512).round() / 512 for x in pair(5, 5000, device=device))
     teacher = sparse_like(base, memory)
     for shift_base, shift_memory in ((1e4, 0.0), (0.0, -1e4), (1e4, 1e4)):
         if op is WITH_SPARSE["interpolate_sparse"]:
@@ -113,12 +115,12 @@ def test_a_common_offset_changes_nothing(simd, op):
 
 
 @with_sparse
-def test_zero_rows_and_one_token(op):
+def test_zero_rows_and_one_token(device, op):
     for shape in ((0, 7), (3, 0, 7)):
-        empty = torch.zeros(shape)
+        empty = torch.zeros(shape, device=device)
         got = op(empty, empty, 0.5)
         assert got.shape in (shape, shape[:-1])
-    one = torch.zeros(2, 1)
+    one = torch.zeros(2, 1, device=device)
     assert (op(one, one, 0.5).abs() < 1e-6).all()  # token 0, log-prob 0
 
 
@@ -127,9 +129,9 @@ def test_zero_rows_and_one_token(op):
 
 @with_sparse
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_layout_of_rows(op, dtype):
+def test_any_layout_of_rows(device, op, dtype):
     """Slices of a vocabulary, of a batch and of a sequence, expanded and transposed rows: as from a contiguous copy."""
-    wide = pair(4, 6, 3, 1200, dtype=dtype)
+    wide = pair(4, 6, 3, 1200, dtype=dtype, device=device)
     for cut in (
         lambda x: x[..., 1:1101],  # odd starts: no alignment to rely on
         lambda x: x[:, :-1, 1],
@@ -143,11 +145,11 @@ def test_any_layout_of_rows(op, dtype):
 
 
 @with_sparse
-def test_more_than_two_billion_elements(op):
+def test_more_than_two_billion_elements(device, op):
     """Rows 2³¹ elements apart in a buffer of which only they are ever touched."""
     vocab, far = 1000, 2**31
-    base, memory = pair(2, vocab, dtype=torch.bfloat16)
-    distant = torch.empty(far + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (far, 1))
+    base, memory = pair(2, vocab, dtype=torch.bfloat16, device=device)
+    distant = torch.empty(far + vocab, dtype=torch.bfloat16, device=device).as_strided((2, vocab), (far, 1))
     distant.copy_(base)
     assert_same(op(distant, memory, 0.4), op(base, memory, 0.4))
 
@@ -169,13 +171,13 @@ def test_the_thread_count_changes_nothing(op, shape):
 
 
 @with_sparse
-def test_a_row_is_the_same_in_a_batch_as_alone(op):
+def test_a_row_is_the_same_in_a_batch_as_alone(device, op):
     """The batch gives rows to threads; one row alone is split over them."""
-    base, memory = pair(24, 20000)
+    base, memory = pair(24, 20000, device=device)
     if op in (FAMILY["interpolate_sample"], FAMILY["temperature"], FAMILY["warped"]):
         pytest.skip("an int seed is moved by the row's index: see test_interpolate_sample")
     if op is FAMILY["interpolate_log_prob"]:
-        op = lambda b, m, a: ops.interpolate_log_prob(b, m, torch.full(b.shape[:1], 17), a)  # noqa: E731
+        op = lambda b, m, a: ops.interpolate_log_prob(b, m, torch.full(b.shape[:1], 17, device=device), a)  # noqa: E731
     batch = op(base, memory, 0.4)
     for i in (0, 11, 23):
         assert_same(op(base[i : i + 1], memory[i : i + 1], 0.4)[0], batch[i])
@@ -185,21 +187,23 @@ def test_a_row_is_the_same_in_a_batch_as_alone(op):
 
 
 @family
-def test_two_dtypes_meet_in_the_wider(op):
-    base, memory = pair(4, 700)
+def test_two_dtypes_meet_in_the_wider(device, op):
+    base, memory = pair(4, 700, device=device)
     got = op(base.bfloat16(), memory, 0.4)
     assert_same(got, op(base.bfloat16().float(), memory, 0.4))
-    assert op(base.bfloat16(), memory.double(), 0.4).dtype in (torch.float64, torch.int64)
+    if device == "cpu":
+        assert op(base.bfloat16(), memory.double(), 0.4).dtype in (torch.float64, torch.int64)
 
 
 @with_sparse
-def test_alpha_of_every_shape(op):
-    base, memory = pair(2, 3, 400)
-    alphas = torch.tensor([[0.0, 0.2, 1.0], [0.9, 0.0, 0.5]])
+def test_alpha_of_every_shape(device, op):
+    """Also a number in a tensor on the CPU, wherever the logits are."""
+    base, memory = pair(2, 3, 400, device=device)
+    alphas = torch.tensor([[0.0, 0.2, 1.0], [0.9, 0.0, 0.5]], device=device)
     got = op(base, memory, alphas)
     assert_same(op(base, memory, alphas.double()), op(base, memory, alphas.double().contiguous()))
     assert_same(op(base, memory, torch.tensor(0.25)), op(base, memory, 0.25))
-    assert_same(op(base, memory, torch.tensor([0.25])), op(base, memory, 0.25))
+    assert_same(op(base, memory, torch.tensor([0.25], device=device)), op(base, memory, 0.25))
     assert_same(op(base, memory, alphas[:, :1]), op(base, memory, alphas[:, :1].expand(2, 3)))
     if op in (WITH_SPARSE["interpolate"], WITH_SPARSE["interpolate_argmax"], WITH_SPARSE["interpolate_sparse"]):
         for i in range(2):
@@ -208,22 +212,23 @@ def test_alpha_of_every_shape(op):
 
 
 @with_sparse
-def test_compiled_whole_and_as_eager(op):
+def test_compiled_whole_and_as_eager(device, op):
     """One graph, same results; aot_eager traces as inductor does without its minutes of C++ compilation."""
-    base, memory = pair(4, 300)
+    base, memory = pair(4, 300, device=device)
     teacher = sparse_like(base, memory)
     if op is WITH_SPARSE["interpolate_sparse"]:
         op = lambda b, m, a: ops.interpolate_sparse(b, teacher, a)  # noqa: E731
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert_same(compiled(base, memory, 0.4), op(base, memory, 0.4))
-    alpha = torch.rand(4)
+    alpha = torch.rand(4, device=device)
     assert_same(compiled(base, memory, alpha), op(base, memory, alpha))
 
 
-def test_opcheck():
+def test_opcheck(device):
     """PyTorch's own checks of a registered operator: schema, fake shapes, autograd registration, tracing."""
-    base, memory = pair(3, 50)
-    targets, alphas, seeds = torch.tensor([1, 2, 3]), torch.tensor([0.2, 0.5, 0.8]), torch.tensor([1, 2, 3])
+    base, memory = pair(3, 50, device=device)
+    targets = seeds = torch.tensor([1, 2, 3], device=device)
+    alphas = torch.tensor([0.2, 0.5, 0.8], device=device)
     graded = tuple(x.clone().requires_grad_() for x in (base, memory, alphas))
     warpers = (1.0, 0, 1.0, 0.0)
     q = sparse_like(base, memory)
@@ -289,15 +294,15 @@ numbers = st.one_of(st.sampled_from([NAN, INF, -INF, 0.0, -0.0, 1e4, 1e38, -1e38
 
 @given(st.data())
 @settings(deadline=None, max_examples=150)
-def test_anything_at_all(data):
+def test_anything_at_all(device, data):
     """Rows of arbitrary numbers: as the reference in float64, and never a token outside the vocabulary."""
     vocab = data.draw(st.integers(1, 40))
     row = st.lists(numbers, min_size=vocab, max_size=vocab)
-    base, memory = (torch.tensor([data.draw(row), data.draw(row)], dtype=torch.float32) for _ in range(2))
+    base, memory = (torch.tensor([data.draw(row), data.draw(row)], device=device) for _ in range(2))
     alpha = data.draw(st.one_of(st.sampled_from([0.0, 1.0, 1e-30]), st.floats(0, 1)))
     got, wanted = ops.interpolate(base, memory, alpha), reference.interpolate(base.double(), memory.double(), alpha)
     torch.testing.assert_close(got.double(), wanted, rtol=2e-6, atol=2e-6, equal_nan=True)
-    targets = torch.randint(vocab, (2,))
+    targets = torch.randint(vocab, (2,), device=device)
     one = ops.interpolate_log_prob(base, memory, targets, alpha).double()
     torch.testing.assert_close(one, wanted.gather(1, targets[:, None])[:, 0], rtol=2e-6, atol=2e-6, equal_nan=True)
     for token, log_p in zip(ops.interpolate_argmax(base, memory, alpha).tolist(), wanted, strict=True):

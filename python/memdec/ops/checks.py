@@ -120,6 +120,14 @@ def fraction(name: str, value: float) -> float:
     return float(value)
 
 
+def fractions(name: str, value: Tensor) -> None:
+    """Every number is in [0, 1]. Waits for the device."""
+    wrong = ~((value >= 0) & (value <= 1))
+    if bool(wrong.any()):
+        at = int(wrong.reshape(-1).nonzero()[0])
+        raise ValueError(f"{name} holds {float(value.reshape(-1)[at])} at position {at}, wanted 0 to 1")
+
+
 def positive(name: str, value: float) -> float:
     """``value`` is a finite number above 0; returned as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -148,7 +156,7 @@ def alpha(value: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
     """The mixing weight as (number, None), or as (0.0, tensor) where it is a tensor.
 
     A tensor must broadcast to ``logits.shape[:-1]`` and is given back as it came. Whether its values lie in [0, 1] is
-    checked by the CPU kernels.
+    checked by the CPU kernels, and on CUDA with ``MEMDEC_DEBUG=1``.
     """
     if not isinstance(value, Tensor):
         return fraction("alpha", value), None

@@ -29,11 +29,12 @@ def interpolate(
     Returns:
         (…, V) log-probabilities, float32 (float64 for float64 logits). At α of exactly 0 or 1 the log-softmax of the
         one component used, whatever the other holds. A row is NaN where a used component's row holds a NaN, a +inf, or
-        nothing but −inf. Differentiable in both logits and in a tensor ``alpha``; the backward pass is plain PyTorch.
+        nothing but −inf, and on CUDA where a tensor's α is outside [0, 1]. Differentiable in both logits and in a
+        tensor ``alpha``; the backward pass is plain PyTorch.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above, or ``alpha`` is no number.
-        ValueError: shapes or devices that do not match, or an α outside [0, 1].
+        ValueError: shapes or devices that do not match, or an α outside [0, 1] (a tensor's: on the CPU).
 
     Example:
         >>> import torch

@@ -31,12 +31,13 @@ def interpolate_log_prob(
 
     Returns:
         (…,) float32 (float64 for float64 logits). At α of exactly 0 or 1 what the one component used gives. NaN where a
-        used component's row holds a NaN, a +inf, or nothing but −inf. Differentiable in both logits and in a tensor
-        ``alpha``; the backward pass is plain PyTorch.
+        used component's row holds a NaN, a +inf, or nothing but −inf, and on CUDA where the target or a tensor's α is
+        out of range. Differentiable in both logits and in a tensor ``alpha``; the backward pass is plain PyTorch.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above, or ``alpha`` is no number.
-        ValueError: shapes or devices that do not match, a target outside [0, V), or an α outside [0, 1].
+        ValueError: shapes or devices that do not match, or out of range: an α that is a number, or (on the CPU) a
+            target or a tensor's α.
 
     Example:
         >>> import torch

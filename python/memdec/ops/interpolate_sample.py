@@ -45,11 +45,14 @@ def interpolate_sample(
 
     Returns:
         (…,) int64. −1 where there is nothing to draw: the row drawn from holds a NaN, a +inf, or nothing but −inf
-        (without warpers that is the row the coin picked, with them either of the two in use).
+        (without warpers that is the row the coin picked, with them either of the two in use); on CUDA also where a
+        tensor's α is outside [0, 1]. A seed draws the same token on the CPU and on CUDA, but for scores within
+        rounding of each other.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above, or not a number where one is wanted.
-        ValueError: shapes or devices that do not match, an α, top_p or min_p outside [0, 1], a temperature not above 0.
+        ValueError: shapes or devices that do not match, an α (a tensor's: on the CPU), top_p or min_p outside
+            [0, 1], a temperature not above 0.
 
     Example:
         >>> import torch

@@ -31,12 +31,14 @@ def interpolate_sparse(
     Returns:
         (…, V) log-probabilities, float32 (float64 for float64 logits). At α = 0 the base's log-softmax. At α = 1 a
         teacher row that is whole (m ≥ 1 − 1e-6) leaves −inf for every other token, whatever the base holds. A row is
-        NaN where the base has a part in it and holds a NaN, a +inf, or nothing but −inf.
+        NaN where the base has a part in it and holds a NaN, a +inf, or nothing but −inf, and on CUDA where a tensor's α
+        is outside [0, 1]; CUDA drops teacher ids outside [0, V).
 
     Raises:
         TypeError: an argument is not of a type or dtype above.
-        ValueError: shapes, rows or devices that do not match, a teacher id outside [0, V), an α outside [0, 1], or an
-            argument that wants a gradient (this op has none; see ops.reference.interpolate_sparse).
+        ValueError: shapes, rows or devices that do not match, (on the CPU) a teacher id outside [0, V), an α outside
+            [0, 1] (a tensor's: on the CPU), or an argument that wants a gradient (this op has none; see
+            ops.reference.interpolate_sparse).
 
     Example:
         >>> import torch

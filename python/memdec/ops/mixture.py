@@ -23,10 +23,23 @@ def described_pair(base_logits: Tensor, memory_logits: Tensor) -> tuple[Tensor, 
 
 
 def alpha_rows(alphas: Tensor | None, shape: torch.Size, device: torch.device) -> tuple[Tensor | None, int]:
-    """α of each row as a contiguous float64 tensor on the device, and its address; (None, 0) where it is one number."""
+    """α of each row as a contiguous float64 tensor on the device, and its address; (None, 0) where it is one number.
+
+    The CPU kernels check the values; those of CUDA give NaN or token −1 for a row whose α is not in [0, 1]. With
+    ``MEMDEC_DEBUG=1`` they are checked here, and the host waits for them.
+
+    Raises:
+        ValueError: an α outside [0, 1] that the host holds while the logits are on CUDA, or with ``MEMDEC_DEBUG=1``.
+    """
     if alphas is None:
         return None, 0
-    alphas = alphas.detach().to(device, torch.float64).expand(shape).contiguous()
+    alphas = alphas.detach()
+    if alphas.device != device:
+        # A number in a tensor on the CPU: filled in on the device, because a copy would wait for it.
+        alphas = torch.full((), checks.fraction("alpha", float(alphas)), dtype=torch.float64, device=device)
+    alphas = alphas.to(torch.float64).expand(shape).contiguous()
+    if checks.DEBUG and alphas.is_cuda:
+        checks.fractions("alpha", alphas)
     return alphas, alphas.data_ptr()
 
 

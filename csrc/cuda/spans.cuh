@@ -1,0 +1,90 @@
+// Rows of any number, cut into spans that are a block's work each: the way of the ops that mix.
+//
+// A first kernel has a block for every span of every row (and of both components of a mixture), which leaves one state of an
+// online softmax in the workspace, 8 bytes for 16 KB of bf16. Whoever needs a row's state has a warp merge those of its spans,
+// in a fixed order. One row of a decoding step is so spread over the device, and a thousand rows take the same way: the bits of
+// a row do not depend on how many rows there are.
+//
+// An op that reads its rows a second time does so in groups of rows that fit into the second-level cache, see for_each_step.
+#pragma once
+
+#include "core/softmax.h"
+#include "cuda/reductions.cuh"
+#include "cuda/rows.cuh"
+
+namespace memdec::cuda {
+namespace {
+
+// The softmax state of all that the threads of a block hold. Every thread must call it.
+__device__ inline Softmax<float> softmax_of_block(const float (&value)[share_size]) {
+  float high = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < share_size; ++i) high = fmaxf(high, value[i]);
+  Softmax<float> state;
+  state.max = reduce_block<block_threads>(high, [](float a, float b) { return fmaxf(a, b); });
+  // A NaN was skipped above; it comes back here, through exp. A span of −inf is measured from 0, for a sum of 0.
+  const float shift = state.max == -INFINITY ? 0 : state.max;
+  float sum[4] = {};
+#pragma unroll
+  for (int i = 0; i < share_size; ++i) sum[i % 4] += exponential(value[i] - shift);
+  state.sum = sum_over_block<block_threads>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return state;
+}
+
+// The merged states state(0) … state(count − 1), known to every lane. Every lane of the warp must call it.
+template <class F>
+__device__ inline Softmax<float> merged_by_warp(int64_t count, const F& state) {
+  Softmax<float> merged;
+  for (int64_t i = lane_of_thread(); i < count; i += warp_size) merged = merge(merged, state(i));
+  return reduce_warp(merged, [](Softmax<float> a, Softmax<float> b) { return merge(a, b); });
+}
+
+struct Group {
+  int64_t first;
+  int64_t count;
+};
+
+// Calls step(read, written) for the groups of rows in turn: while one group's rows are read from memory, the group before it is
+// read from the cache and its results are written. Either may be empty.
+template <class F>
+inline void for_each_step(int device, int64_t rows, int64_t row_bytes, const F& step) {
+  int cache_bytes = 0;
+  cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device);
+  // A third each for the group that is read, for the one before it, and for what is written.
+  const int64_t size = larger(1, cache_bytes / 3 / row_bytes);
+  Group before{0, 0};
+  for (int64_t first = 0; first < rows; first += size) {
+    const Group group{first, smaller(size, rows - first)};
+    step(group, before);
+    before = group;
+  }
+  if (before.count > 0) step(Group{rows, 0}, before);
+}
+
+inline int64_t bytes_of_row(const Rows& rows) { return rows.columns * (rows.dtype == DType::float32 ? 4 : 2); }
+
+// Float32 results of a row, written with aligned stores from shares of T: the shares are moved down by lead_of(out), so that
+// rows have spans_written of them.
+template <class T>
+__device__ inline void store_floats(float* out, int64_t columns, int64_t span, const float (&value)[share_size], int64_t lead) {
+  constexpr int w = width_of<T>, step = width_of<float>;
+  for_each_vector<T>(span, lead, [&](int v, int64_t first) {
+#pragma unroll
+    for (int part = 0; part < w; part += step) {
+      const int64_t c = first + part;
+      const float* const from = value + v * w + part;
+      if (c >= 0 && c + step <= columns) {
+        store_aligned(out + c, pack(float{}, from));
+      } else {
+#pragma unroll
+        for (int i = 0; i < step; ++i)
+          if (c + i >= 0 && c + i < columns) out[c + i] = from[i];
+      }
+    }
+  });
+}
+
+inline __host__ __device__ int64_t spans_written(int64_t columns) { return spans_of(columns + width_of<float> - 1); }
+
+}  // namespace
+}  // namespace memdec::cuda
