@@ -7,9 +7,14 @@ import math
 import pytest
 import torch
 
+from measuring import importable
 from memdec import ops
 
 ALPHA = 0.4
+SIZES = {
+    "cpu": {"rows, vocab": [(64, 50257), (1, 151936)]},
+    "cuda": {"rows, vocab": [(1024, 151936), (8, 151936), (1, 151936)]},
+}
 WARPERS = {"coin": {}, "temperature": {"temperature": 0.8}, "top_k": {"top_k": 50}, "top_p": {"top_p": 0.9}}
 
 
@@ -28,7 +33,6 @@ def eager(base, memory, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @pytest.mark.parametrize("settings", WARPERS.values(), ids=WARPERS.keys())
-@pytest.mark.parametrize(("rows", "vocab"), [(64, 50257), (1, 151936)])
 def bench_interpolate_sample(compare, rows, vocab, settings):
     torch.manual_seed(0)
     base, memory = (torch.randn(rows, vocab).mul_(3).bfloat16() for _ in range(2))
@@ -36,5 +40,9 @@ def bench_interpolate_sample(compare, rows, vocab, settings):
         "memdec": lambda: ops.interpolate_sample(base, memory, ALPHA, seed=1, **settings),
         "eager": lambda: eager(base, memory, **settings),
     }
+    if base.is_cuda and not settings and (flashinfer := importable("flashinfer.sampling")):
+        contestants["eager mixture, FlashInfer's sampling"] = lambda: flashinfer.sampling_from_probs(
+            ALPHA * memory.float().softmax(-1) + (1 - ALPHA) * base.float().softmax(-1)
+        )
     case = {"shape": [rows, vocab], "dtype": "bfloat16", "warpers": settings}
     compare("interpolate_sample", case, contestants, base.nbytes * (2 if settings else 1))

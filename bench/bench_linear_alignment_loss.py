@@ -10,21 +10,22 @@ import pytest
 import torch
 
 from bench_alignment_loss import careful, teacher_of
+from measuring import importable
 from memdec import ops
 
-ROWS, WIDTH, VOCAB = 2048, 576, 49152
+SIZES = {"cpu": {"rows, width, vocab": [(2048, 576, 49152)]}, "cuda": {"rows, width, vocab": [(8192, 2048, 151936)]}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def bench_forward_and_backward(compare, dtype):
+def bench_forward_and_backward(compare, rows, width, vocab, dtype):
     torch.manual_seed(0)
-    hidden = torch.randn(ROWS, WIDTH).to(dtype)
-    weight = torch.randn(VOCAB, WIDTH).mul_(WIDTH**-0.5).to(dtype)
-    labels = torch.randint(VOCAB, (ROWS,))
-    teacher = teacher_of(ROWS, VOCAB)
-    rows, ids = teacher.row_ids(), teacher.token_ids.long()
-    entropy = torch.zeros(ROWS).index_add(0, rows, teacher.probs * teacher.probs.log())
-    sparse = (rows, ids, teacher.probs, teacher.mass(), entropy)
+    hidden = torch.randn(rows, width).to(dtype)
+    weight = torch.randn(vocab, width).mul_(width**-0.5).to(dtype)
+    labels = torch.randint(vocab, (rows,))
+    teacher = teacher_of(rows, vocab)
+    row_ids, ids = teacher.row_ids(), teacher.token_ids.long()
+    entropy = torch.zeros(rows).index_add(0, row_ids, teacher.probs * teacher.probs.log())
+    sparse = (row_ids, ids, teacher.probs, teacher.mass(), entropy)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
 
     def step(loss):
@@ -39,6 +40,9 @@ def bench_forward_and_backward(compare, dtype):
         "linear, then memdec's alignment_loss": step(lambda: ops.alignment_loss(h @ w.T, labels, teacher).total),
         "linear, then careful eager": step(lambda: careful(h @ w.T, labels, *sparse)),
     }
-    case = {"shape": [ROWS, WIDTH, VOCAB], "dtype": str(dtype).removeprefix("torch.")}
+    if hidden.is_cuda and (liger := importable("liger_kernel.transformers")):
+        fused = liger.LigerFusedLinearCrossEntropyLoss()
+        contestants["Liger's fused linear cross-entropy (no teacher)"] = step(lambda: fused(w, h, labels))
+    case = {"shape": [rows, width, vocab], "dtype": str(dtype).removeprefix("torch.")}
     results = compare("linear_alignment_loss", case, contestants, 2 * (hidden.nbytes + weight.nbytes), rounds=3)
-    print("  GFLOP/s:", {k: round(6 * ROWS * WIDTH * VOCAB / v["median_ms"] / 1e6, 1) for k, v in results.items()})
+    print("  GFLOP/s:", {k: round(6 * rows * width * vocab / v["median_ms"] / 1e6, 1) for k, v in results.items()})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from measuring import importable
 from memdec.pipeline.search import recall_at_k, search_exact
 
 QUERIES, ROWS, WIDTH, NEIGHBOURS = 10_000, 100_000, 576, 1024
@@ -29,23 +30,43 @@ class Keys:
         raise NotImplementedError
 
 
-def bench_exact_search(compare):
-    faiss = pytest.importorskip("faiss")
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(ROWS, WIDTH, generator=generator).half()
-    queries = torch.randn(QUERIES, WIDTH, generator=generator).half()
+def faiss_index(device):
+    """An exact index on the device; None where this faiss, if any, has none."""
+    faiss = importable("faiss")
+    if faiss is None:
+        return None
+    if device == "cpu":
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        return faiss.IndexFlatL2(WIDTH)
+    return faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), WIDTH) if hasattr(faiss, "GpuIndexFlatL2") else None
+
+
+def bench_exact_search(compare, device):
+    """Keys, queries and results are in the CPU's memory, as in the pipeline; on CUDA faiss's index is on the device."""
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(ROWS, WIDTH, generator=generator).half()
+        queries = torch.randn(QUERIES, WIDTH, generator=generator).half()
     store, wide = Keys(keys), queries.float().numpy()
-    index = faiss.IndexFlatL2(WIDTH)
-    index.add(keys.float().numpy())
-    _, ids = search_exact(queries[:200], store, NEIGHBOURS)
-    recall = recall_at_k(ids, torch.from_numpy(index.search(wide[:200], NEIGHBOURS)[1]))
-    contestants = {
-        "memdec": lambda: search_exact(queries, store, NEIGHBOURS, memory_limit="256MiB"),
-        "faiss IndexFlatL2": lambda: index.search(wide, NEIGHBOURS),
-    }
+    limit = "256MiB" if device == "cpu" else "2GiB"
+
+    def ours(queries=queries):
+        with torch.device("cpu"):
+            return search_exact(queries, store, NEIGHBOURS, memory_limit=limit, device=device)
+
+    contestants, recall = {"memdec": ours}, None
+    index = faiss_index(device)
+    if index is None:
+        if device == "cpu":
+            pytest.skip("needs faiss")
+    else:
+        index.add(keys.float().numpy())
+        contestants["faiss IndexFlatL2"] = lambda: index.search(wide, NEIGHBOURS)
+        recall = round(
+            recall_at_k(ours(queries[:200])[1], torch.from_numpy(index.search(wide[:200], NEIGHBOURS)[1])), 5
+        )
     nbytes = keys.nbytes + queries.nbytes + 12 * QUERIES * NEIGHBOURS
-    case = {"shape": [QUERIES, ROWS, WIDTH], "k": NEIGHBOURS, "dtype": "float16", "recall": round(recall, 5)}
+    case = {"shape": [QUERIES, ROWS, WIDTH], "k": NEIGHBOURS, "dtype": "float16", "recall": recall}
     results = compare("search_exact", case, contestants, nbytes, rounds=2)
     flops = 2 * QUERIES * ROWS * WIDTH
     print("  GFLOP/s:", {name: round(flops / line["median_ms"] / 1e6, 1) for name, line in results.items()})

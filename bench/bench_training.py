@@ -37,7 +37,7 @@ def smollm2_shape() -> LlamaForCausalLM:
 
 
 def batch_of(rows: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     ids = torch.randint(VOCAB // TOKENS, (rows, TOKENS), generator=generator) + torch.arange(TOKENS) * (VOCAB // TOKENS)
     probs = torch.randn(rows, TOKENS, generator=generator).mul_(2).softmax(-1)
     indptr = torch.arange(0, rows * TOKENS + 1, TOKENS)

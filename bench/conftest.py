@@ -1,6 +1,7 @@
 """How the benchmarks measure: rivals turn about in one run, and one JSON line for each contestant of each case.
 
     python -m pytest bench/bench_alignment_loss.py --json-lines=bench/results/alignment_loss.jsonl
+    python -m pytest bench --device=cuda
 
 A line holds the case (op, shape, dtype), the contestant, its median and least time, `ratio` (how many times longer than
 memdec's it took: the median over rounds of one run after the other), GB/s of the bytes that have to move, their share
@@ -9,76 +10,75 @@ of this machine's copy bandwidth, the peak of memory beside what was there befor
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import memdec
+from measuring import THREADS, Clock, machine
 
 ROUNDS = 7
-THREADS = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--json-lines", metavar="PATH", help="append one JSON line for each contestant of each case to PATH"
     )
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the benchmarks run")
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    """All figures are for two threads, ours and torch's."""
-    torch.set_num_threads(THREADS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`rows` and other sizes that a benchmark names in SIZES, a dict of device → list of values a name."""
+    device = metafunc.config.getoption("--device")
+    sizes = getattr(metafunc.module, "SIZES", {}).get(device, {})
+    for names, values in sizes.items():
+        if all(name.strip() in metafunc.fixturenames for name in names.split(",")):
+            metafunc.parametrize(names, values)
 
 
 @pytest.fixture(scope="session")
-def machine() -> dict[str, Any]:
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cpu" or "cuda": where tensors are made that do not say otherwise."""
+    return str(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def here(device: str) -> Iterator[None]:
+    """All CPU figures are for two threads, ours and torch's. Benchmarks make their tensors on the device."""
+    torch.set_num_threads(THREADS)
+    torch.set_default_device(None if device == "cpu" else device)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(scope="session")
+def measured_on(device: str) -> dict[str, Any]:
     """What the figures were measured on, and how fast it copies memory."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = named[0] if named else cpu
-    source, target = torch.ones(2**26), torch.empty(2**26)
-    copies = [seconds(lambda: target.copy_(source)) for _ in range(10)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    build = memdec.build_info()
-    return {
-        "cpu": cpu,
-        "threads": THREADS,
-        "simd": build["simd"],
-        "compiler": build["compiler"],
-        "copy_gb_s": round(2 * source.nbytes / statistics.median(copies) / 1e9, 1),
-        "memdec": memdec.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": (commit.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else ""),
-    }
+    return machine(device)
+
+
+@pytest.fixture
+def generator(device: str) -> torch.Generator:
+    """Draws the same numbers in every run."""
+    return torch.Generator(device).manual_seed(0)
 
 
 Compare = Callable[..., dict[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def compare(benchmark: Any, machine: dict[str, Any], request: pytest.FixtureRequest) -> Compare:
+def compare(benchmark: Any, device: str, measured_on: dict[str, Any], request: pytest.FixtureRequest) -> Compare:
     """compare(op, case, contestants, nbytes, setup=None): time all contestants, the first one being memdec's.
 
     `case` is what goes into the JSON line beside the op: shape, dtype. `contestants` maps a name to a function without
-    arguments, or of what `setup()` returns. `nbytes`: each input byte once and each output byte once.
+    arguments, or of what `setup()` returns. `nbytes`: each input byte once and each output byte once. `calls`: how many
+    steps one call of a contestant makes; times are of one.
     """
+    clock = Clock(device)
 
     def run(
         op: str,
@@ -87,31 +87,41 @@ def compare(benchmark: Any, machine: dict[str, Any], request: pytest.FixtureRequ
         nbytes: int,
         setup: Callable[[], tuple[Any, ...]] = tuple,
         rounds: int = ROUNDS,
+        calls: int = 1,
     ) -> dict[str, dict[str, Any]]:
+        torch.set_default_device(None)  # every call of torch's would take microseconds longer
         names = list(contestants)
-        peaks = {name: peak_beside(contestants[name], setup()) for name in names}  # the warm-up, too
+        peaks = {name: clock.peak_beside(contestants[name], setup()) for name in names}  # the warm-up, too
+        rounds = clock.rounds(rounds, contestants[names[0]], *setup())
         times: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(rounds):
             for name in names:
                 arguments = setup()
-                times[name].append(seconds(contestants[name], *arguments))
-        benchmark.pedantic(contestants[names[0]], setup=lambda: (setup(), {}), rounds=3)
+                times[name].append(clock.seconds(contestants[name], *arguments) / calls)
+
+        def waited_for(*arguments: Any) -> None:
+            contestants[names[0]](*arguments)
+            if clock.on_gpu:
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(waited_for, setup=lambda: (setup(), {}), rounds=3)
         results = {}
         for name in names:
             median = statistics.median(times[name])
             gb_s = nbytes / median / 1e9
+            peak = peaks[name]
             results[name] = {
                 "op": op,
                 **case,
                 "contestant": name,
-                "median_ms": round(median * 1e3, 3),
-                "least_ms": round(min(times[name]) * 1e3, 3),
+                "median_ms": round(median * 1e3, 3 if device == "cpu" else 5),
+                "least_ms": round(min(times[name]) * 1e3, 3 if device == "cpu" else 5),
                 "ratio": round(statistics.median(a / b for a, b in zip(times[name], times[names[0]], strict=True)), 2),
                 "gb_s": round(gb_s, 2),
-                "percent_of_copy": round(100 * gb_s / machine["copy_gb_s"], 1),
-                "peak_mb": None if peaks[name] is None else round(peaks[name] / 1e6, 1),
+                "percent_of_copy": round(100 * gb_s / measured_on["copy_gb_s"], 1),
+                "peak_mb": None if peak is None else round(peak / 1e6, 1),
                 "rounds": rounds,
-                **machine,
+                **measured_on,
             }
         report(op, case, results)
         benchmark.extra_info.update({name: results[name]["ratio"] for name in names[1:]})
@@ -130,39 +140,6 @@ def report(op: str, case: dict[str, Any], results: dict[str, dict[str, Any]]) ->
     print(f"\n{op} {case}")
     for name, line in results.items():
         print(
-            f"  {name:42} {line['median_ms']:10.2f} ms  {line['ratio']:6.2f}x  {line['gb_s']:6.2f} GB/s "
+            f"  {name:42} {line['median_ms']:10.3f} ms  {line['ratio']:6.2f}x  {line['gb_s']:6.2f} GB/s "
             f"({line['percent_of_copy']:.0f}% of copy)  peak +{line['peak_mb']} MB"
         )
-
-
-def seconds(function: Callable[..., object], *arguments: Any) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def peak_beside(function: Callable[..., object], arguments: tuple[Any, ...]) -> int | None:
-    """The most memory, in bytes, that a second call of the function held beside what was resident before it.
-
-    Reads the kernel's high-water mark of the process, which Linux lets a process reset; None where it does not.
-    """
-    function(*arguments)
-    gc.collect()
-    # Freed memory that malloc still holds would hide what the second call takes.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    function(*arguments)
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")

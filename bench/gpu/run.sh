@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of at most ten minutes, on a machine with torch, nvcc and a build chain but no network:
+#
+#     bash bench/gpu/run.sh OUTDIR              build for this GPU, tests, sanitizers, benchmarks
+#     bash bench/gpu/run.sh OUTDIR --rehearse   the same steps where there is no GPU: the CPU stands in for it
+#     PARTS="bench" bash bench/gpu/run.sh OUT   some of: tests sanitizers bench
+#
+# OUTDIR gets a log a kind of step, steps.jsonl (a line a step) and bench.jsonl (a line a contestant), all with device, driver,
+# versions and commit (MEMDEC_COMMIT=… where the folder has no git history). A step has a time limit of its own, and one that
+# fails does not stop the others. The last thing printed is a table; the exit status is 0 if every step was green.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+[ $# -ge 1 ] || { echo "usage: bash bench/gpu/run.sh OUTDIR [--rehearse]" >&2; exit 2; }
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+REHEARSE=no
+[ "${2:-}" = --rehearse ] && REHEARSE=yes
+PYTHON=${PYTHON:-python3}
+PARTS=${PARTS:-tests sanitizers bench}
+BUDGET=${BUDGET:-570} # seconds in all
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+SITE=${MEMDEC_SITE:-$WORK/site} # where this build of memdec is installed; nothing else is touched. Given: one that is built already
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton
+if [ $REHEARSE = yes ]; then DEVICE=cpu CUDA=off; else DEVICE=cuda CUDA=on; fi
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
+rm -f "$OUT"/{build,tests,sanitizers,bench}.log "$OUT"/{steps,bench}.jsonl
+
+# step NAME LOG SECONDS COMMAND…: runs it within its time and what is left of the whole, and notes how it went.
+step() {
+  local name=$1 log=$OUT/$2.log limit=$3 begin=$SECONDS status=0
+  shift 3
+  local left=$((BUDGET - SECONDS))
+  [ "$limit" -gt $left ] && limit=$left
+  printf '== %s (at %s s)\n' "$name" "$SECONDS" | tee -a "$log"
+  if [ "$limit" -lt 5 ]; then
+    echo "no time left" >>"$log"
+    status=124
+  else
+    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 || status=$?
+  fi
+  "$PYTHON" bench/gpu/report.py step "$OUT" "$name" "$status" $((SECONDS - begin)) "$log"
+}
+# The same for a step that has shown something only if a test of it ran.
+tests() { PASSES=wanted step "$@"; }
+part() { [[ " $PARTS " == *" $1 "* ]]; }
+
+[ -n "${MEMDEC_SITE:-}" ] || step build build 280 "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps --disable-pip-version-check -v \
+  --target "$SITE" --config-settings=cmake.define.MEMDEC_CUDA=$CUDA \
+  --config-settings=cmake.define.MEMDEC_CUDA_ARCHITECTURES=native --config-settings=build-dir="$WORK/build" .
+step "what it is" build 60 "$PYTHON" -c "import memdec, sys
+print(memdec.__file__, memdec.build_info())
+sys.exit(not memdec.__file__.startswith('$(realpath -m "$SITE")'))"
+
+if part tests; then
+  ops=(tests/ops tests/pipeline/test_search.py)
+  [ $REHEARSE = yes ] && ops=(tests/ops/test_token_log_prob.py)
+  tests "ops on $DEVICE" tests 150 "${PYTEST[@]}" -n "${WORKERS:-8}" --timeout=120 "${ops[@]}" -k "$DEVICE"
+  draws="frequencies or independent"
+  [ $REHEARSE = yes ] || draws="$DEVICE and ($draws)"
+  tests "chi-square of the samplers" tests 60 "${PYTEST[@]}" tests/ops/test_interpolate_sample.py -k "$draws"
+  if [ $REHEARSE = no ]; then
+    tests "graphs, streams, devices, compile" tests 120 "${PYTEST[@]}" --timeout=100 tests/cuda/test_gpu.py
+  else
+    step "graphs and the like, which skip here" tests 60 "${PYTEST[@]}" tests/cuda/test_gpu.py
+  fi
+fi
+
+if part sanitizers; then
+  # A few tests of each kernel, at small shapes: slowed down a hundred times, the rest would take an hour.
+  small="$DEVICE and (edges or views or most_probable or absent or cuts_as or threshold or small_temperature)"
+  files=(tests/ops/test_{token_log_prob,aggregate_neighbors,alignment_loss,interpolate_argmax,interpolate_sample}.py
+    tests/pipeline/test_search.py)
+  for tool in memcheck racecheck; do
+    if [ $REHEARSE = yes ]; then
+      step "what $tool would watch" sanitizers 60 "${PYTEST[@]}" --collect-only "${files[@]}" -k "$small"
+    else
+      tests "compute-sanitizer $tool" sanitizers 90 compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 \
+        "${PYTEST[@]}" "${files[@]}" -k "$small"
+    fi
+  done
+fi
+
+if part bench; then
+  benches=(aggregate_neighbors:40 alignment_loss:60 interpolate_log_prob:40 interpolate_argmax:40 decoding_step:30
+    interpolate_sample:30 linear_alignment_loss:45 search:45 token_log_prob:20 interpolate:30 training:40)
+  [ $REHEARSE = yes ] && benches=(token_log_prob:120 decoding_step:60)
+  for bench in "${benches[@]}"; do
+    step "bench ${bench%:*}" bench "${bench#*:}" "${PYTEST[@]}" -s "bench/bench_${bench%:*}.py" --device=$DEVICE \
+      --json-lines="$OUT/bench.jsonl"
+  done
+  [ $REHEARSE = yes ] || step "ncu of aggregate_neighbors" bench 40 ncu --clock-control none -k regex:rows_by_warps -c 1 \
+    --section SpeedOfLight --section Occupancy --section LaunchStats \
+    "${PYTEST[@]}" bench/bench_aggregate_neighbors.py --device=cuda -k "float32 and uniform"
+fi
+
+"$PYTHON" bench/gpu/report.py table "$OUT"
