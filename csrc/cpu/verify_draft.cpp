@@ -5,15 +5,18 @@
 //   where all were accepted draw one more token from p.
 // What is accepted plus the token drawn has the law of p. (p − q)₊ without mass, to rounding, means p = q there: draw from p.
 //
+// The token after the last draft is drawn from p as if it were drafted and verified: x from q, with the noise that a draft of
+// this position has; x if it stands, else from (p − q)₊. So every token is a function of what stands before it, seed and
+// offset: a text does not depend on how many tokens were drafted at a time.
+//
 // Without warpers q = p_mem and p = α·p_mem + (1−α)·p_base, which has structure:
 //   p(x) / q(x) = α + (1−α)·p_base(x) / p_mem(x)     a coin u < α accepts before any logit is looked at
 //   (p − q)₊ ∝ (p_base − p_mem)₊                     α has no part in it
-//   p                                                a coin u < α picks the memory, else the base, and one tensor is read
 // With warpers (temperature, top_k, top_p, min_p) p is the warped mixture and q the warped memory: the law of
 // interpolate_sample with α and with α = 1. Greedy: x stands while it is the mixture's likeliest token, which comes next.
 //
-// Position i of a text draws with its seed and offset + i: its coin is draw 0 of the acceptance stream, the token that ends the
-// round is drawn with the residual stream.
+// Position i of a text draws with its seed and offset + i: its coin is draw 0 of the acceptance stream, what replaces a draft is
+// drawn with the residual stream.
 //
 // Traffic: both rows of a position that is looked at, once; the positions behind a rejection, never.
 #include "cpu/argmax.h"
@@ -33,14 +36,6 @@ struct Verdict {
 inline Rows single_row(const void* data, const Rows& like) {
   return {.data = const_cast<void*>(data), .dtype = like.dtype, .count = 1, .inner = 1, .outer_stride = 0, .inner_stride = 0,
           .columns = like.columns};
-}
-
-template <class T>
-inline int64_t draw_next(const T* z, const Rows& row, int threads, uint64_t seed, uint64_t offset) {
-  int64_t token = -1;
-  draw_rows<T>(row, threads, &token, [&](int64_t) { return z; }, [&](int64_t) { return seed; }, [&](int64_t) { return offset; },
-               residual_stream);
-  return token;
 }
 
 // The position at which a text is looked at.
@@ -64,7 +59,13 @@ struct Position {
       log_probs_of_block(base + begin, memory + begin, end - begin, mixed, out + begin, temperature);
     });
   }
-  int64_t draw(const A* scores) const { return draw_next(scores, row, threads, seed, offset); }
+  template <class Z>
+  int64_t draw(const Z* scores, Stream stream) const {
+    int64_t token = -1;
+    draw_rows<Z>(row, threads, &token, [&](int64_t) { return scores; }, [&](int64_t) { return seed; }, [&](int64_t) { return offset; },
+                 stream);
+    return token;
+  }
 
   // target ← log of (exp(target) − exp(draft))₊; returns Σ of these.
   double subtract(A* target, const A* draft) const {
@@ -120,28 +121,34 @@ inline Verdict verify_plain(const VerifyDraft& op, int64_t text, int64_t length,
   using A = accumulator_t<T>;
   for (int64_t i = 0;; ++i) {
     const Position<T> at = position_of(i);
+    const bool is_last = i == length;
     const double u = uniform(draw_of(at.seed, at.offset, acceptance_stream, 0));
-    if (i == length) return {i, draw_next(u < at.alpha ? at.memory : at.base, at.row, at.threads, at.seed, at.offset)};
-    if (u < at.alpha) continue;
-    // From here on α < 1.
+    if (u < at.alpha) {
+      if (is_last) return {i, at.draw(at.memory, noise_stream)};
+      continue;
+    }
+    // From here on α < 1. At α = 0 the memory's row may be anything; it has drafted nothing then.
     const MixtureRow<A> mixed{.base = at.state_of(at.base), .memory = at.state_of(at.memory), .alpha = at.alpha};
     if (mixed.broken()) return {i, -1};
-    const int64_t x = op.draft_ids[text * op.drafted + i];
-    const bool has_draft = mixed.memory.sum > 0;  // at α = 0 the memory's row may be anything
+    const bool has_draft = mixed.memory.sum > 0;
     if (has_draft) {
+      const int64_t x = is_last ? at.draw(at.memory, noise_stream) : op.draft_ids[text * op.drafted + i];
       const double ratio = ::exp(static_cast<double>(mixed.base.log_prob(to_float(at.base[x]))) -
                                  static_cast<double>(mixed.memory.log_prob(to_float(at.memory[x]))));
-      if (u < at.alpha + (1 - at.alpha) * ratio) continue;
+      if (u < at.alpha + (1 - at.alpha) * ratio) {
+        if (is_last) return {i, x};
+        continue;
+      }
     }
     const Scratch<A> scores(2 * at.row.columns);
     A* const target = scores.data;
     if (has_draft) {
       at.write({.base = mixed.base, .memory = {}, .alpha = 0}, 1, target);
       at.write({.base = {}, .memory = mixed.memory, .alpha = 1}, 1, target + at.row.columns);
-      if (at.subtract(target, target + at.row.columns) > no_mass<A>) return {i, at.draw(target)};
+      if (at.subtract(target, target + at.row.columns) > no_mass<A>) return {i, at.draw(target, residual_stream)};
     }
     at.write(mixed, 1, target);
-    return {i, at.draw(target)};
+    return {i, at.draw(target, residual_stream)};
   }
 }
 
@@ -154,25 +161,31 @@ inline Verdict verify_warped(const VerifyDraft& op, const Warpers& warpers, int6
   A* const draft = scores.data + columns;
   for (int64_t i = 0;; ++i) {
     const Position<T> at = position_of(i);
+    const bool is_last = i == length;
     const double u = uniform(draw_of(at.seed, at.offset, acceptance_stream, 0));
     const MixtureRow<A> own{.base = {}, .memory = at.state_of(at.memory), .alpha = 1};
     const MixtureRow<A> mixed{.base = at.alpha < 1 ? at.state_of(at.base) : Softmax<A>{}, .memory = own.memory, .alpha = at.alpha};
     at.write(mixed, warpers.temperature, target);
-    if (i < length) at.write(own, warpers.temperature, draft);
+    at.write(own, warpers.temperature, draft);
+    int64_t x = is_last ? -1 : op.draft_ids[text * op.drafted + i];
+    if (is_last)
+      x = warpers.cut() ? draw_warped(draft, columns, at.seed, at.offset, warpers) : at.draw(draft, noise_stream);
     bool drawable[2] = {};
-    parallel(i < length ? 2 : 1, 1, at.threads, [&](int64_t first, int64_t last) {
+    parallel(2, 1, at.threads, [&](int64_t first, int64_t last) {
       for (int64_t side = first; side < last; ++side)
         drawable[side] = normalise_kept(side == 0 ? target : draft, columns, warpers);
     });
     if (!drawable[0]) return {i, -1};
-    if (i < length && drawable[1]) {
-      const int64_t x = op.draft_ids[text * op.drafted + i];
-      if (stands(u, static_cast<double>(target[x]), static_cast<double>(draft[x]))) continue;
+    if (drawable[1]) {
+      if (stands(u, static_cast<double>(target[x]), static_cast<double>(draft[x]))) {
+        if (is_last) return {i, x};
+        continue;
+      }
       const Scratch<A> rest(columns);
       __builtin_memcpy(rest.data, target, sizeof(A) * static_cast<size_t>(columns));
-      if (at.subtract(rest.data, draft) > no_mass<A>) return {i, at.draw(rest.data)};
+      if (at.subtract(rest.data, draft) > no_mass<A>) return {i, at.draw(rest.data, residual_stream)};
     }
-    return {i, at.draw(target)};
+    return {i, at.draw(target, residual_stream)};
   }
 }
 

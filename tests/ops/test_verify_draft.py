@@ -65,12 +65,13 @@ def emitted_law(gamma, alpha, settings, *, bonus_from_base=False):
     _, target = target_law(gamma, alpha, settings)
     target = [place.tolist() for place in target]
     laws = [reference.draft_law(base[:, None], memory[:, None], alpha, **settings) for base, memory in tree(gamma)]
-    bonus = (
-        torch.log_softmax(tree(gamma)[gamma][0], -1).exp() if bonus_from_base else laws[gamma].target[:, 0]
-    ).tolist()
-    drafts, accepts, rests = (
-        [getattr(law, part)[:, 0].tolist() for law in laws] for part in ("draft", "accept", "rest")
-    )
+    drafts, accepts, rests = ([getattr(law, part)[:, 0] for law in laws] for part in ("draft", "accept", "rest"))
+    falls = (drafts[gamma] * (1 - accepts[gamma])).sum(-1, keepdim=True)
+    bonus = drafts[gamma] * accepts[gamma] + falls * rests[gamma]  # drafted and verified, as those before
+    if bonus_from_base:
+        bonus = torch.log_softmax(tree(gamma)[gamma][0], -1).exp()
+    bonus = bonus.tolist()
+    drafts, accepts, rests = ([level.tolist() for level in part] for part in (drafts, accepts, rests))
     emitted = []
     for sequence in itertools.product(range(vocab), repeat=gamma + 1):
         total, kept = 0.0, 1.0  # kept: the chance that all so far were drafted and stand
@@ -161,6 +162,54 @@ def test_counting_catches_a_bonus_from_the_base():
     wanted, _ = target_law(2, 0.5, {})
     statistic, limit = chi_square(rounds(2, 0.5, {}, 40_000, bonus_from_base=True), wanted)
     assert statistic > 10 * limit
+
+
+@warpers
+def test_a_text_does_not_depend_on_how_much_is_drafted_at_a_time(settings):
+    """Three tokens by rounds of 2 and more drafts, and by rounds of none: the same, for 2,000 seeds in float64."""
+    texts, vocab, levels = 2000, VOCAB[2], tree(2)
+    seed = torch.arange(texts) * 31
+    made = []
+    for drafted in (0, 1, 2):
+        at, made_here = torch.zeros(texts, dtype=torch.int64), torch.zeros(texts, dtype=torch.int64)
+        while int(made_here.min()) < 3:
+            lengths = (2 - made_here).clamp(0, drafted)
+            place, drafts, base_rows, memory_rows = at, [], [], []
+            for i in range(drafted + 1):
+                level = (made_here + i).clamp(max=2)
+                rows = [
+                    torch.stack(
+                        [
+                            levels[n][side][p % len(levels[n][side])]
+                            for n, p in zip(level.tolist(), place.tolist(), strict=True)
+                        ]
+                    )
+                    for side in (0, 1)
+                ]
+                base_rows.append(rows[0])
+                memory_rows.append(rows[1])
+                if i < drafted:
+                    offset = made_here + i
+                    drafts.append(ops.interpolate_sample(rows[1], rows[1], 1.0, seed=seed, offset=offset, **settings))
+                    place = place * vocab + drafts[-1]
+            drafts = torch.stack(drafts, 1) if drafts else torch.zeros(texts, 0, dtype=torch.int64)
+            n, token = ops.verify_draft(
+                torch.stack(base_rows, 1),
+                torch.stack(memory_rows, 1),
+                drafts,
+                0.5,
+                draft_lengths=lengths,
+                seed=seed,
+                offset=made_here,
+                **settings,
+            )
+            open_rows = made_here < 3
+            for i in range(drafted):
+                at = torch.where(open_rows & (i < n), at * vocab + drafts[:, i], at)
+            at = torch.where(open_rows, at * vocab + token, at)
+            made_here = torch.where(open_rows, made_here + n + 1, made_here)
+        made.append(at)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
 def test_acceptance_is_what_the_formula_says():

@@ -321,7 +321,7 @@ class DraftLaw(NamedTuple):
     draft: Tensor  # q: what the draft must have been drawn from
     accept: Tensor  # the chance that a draft of this token stands
     rest: Tensor  # what is drawn from on rejection
-    target: Tensor  # p: what is drawn from after the last draft
+    target: Tensor  # p
 
 
 def draft_law(
@@ -409,27 +409,24 @@ def verify_draft(
                 following[b] = int(interpolate_argmax(base_logits[b, i], memory_logits[b, i], float(a[b, i])))
                 stands = i < length and following[b] == int(draft_ids[b, i])
             else:
-                heads = plain and u < float(a[b, i])
-                if i == length:
-                    probs = law.target[b, i]
-                    if plain:  # the coin picks a component
-                        probs = _log_softmax((memory_logits if heads else base_logits)[b, i]).exp()
-                    following[b] = _drawn(probs, key, counter)
+                # The token after the drafts is drafted and verified as they are.
+                x = int(draft_ids[b, i]) if i < length else _drawn(law.draft[b, i], key, counter, NOISE_STREAM)
+                if plain and u < float(a[b, i]):
+                    stands = True
                 else:
                     broken = bool(law.target[b, i].isnan().any())
-                    stands = heads or (not broken and u < float(law.accept[b, i, draft_ids[b, i]]))
-                    if not stands:
-                        following[b] = _drawn(law.rest[b, i], key, counter)
+                    stands = x >= 0 and not broken and u < float(law.accept[b, i, x])
+                following[b] = x if stands else _drawn(law.rest[b, i], key, counter, RESIDUAL_STREAM)
             if i == length or not stands:
                 break
     return VerifiedDraft(torch.tensor(accepted, device=device), torch.tensor(following, device=device))
 
 
-def _drawn(probs: Tensor, seed: Tensor, offset: Tensor) -> int:
-    """Gumbel-max with the residual stream; −1 for NaN."""
+def _drawn(probs: Tensor, seed: Tensor, offset: Tensor, stream: int) -> int:
+    """Gumbel-max; −1 for NaN."""
     if bool(probs.isnan().any()):
         return -1
-    noise = gumbel(draws(seed, offset, RESIDUAL_STREAM, probs.numel())[0], probs.dtype)
+    noise = gumbel(draws(seed, offset, stream, probs.numel())[0], probs.dtype)
     return int((probs.log() + noise).argmax())
 
 

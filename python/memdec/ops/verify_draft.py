@@ -42,9 +42,11 @@ def verify_draft(
 
         interpolate_sample(memory_logits, memory_logits, 1.0, seed=seed, offset=offset + i, <the same warpers>)
 
-    Acceptance and next token use other Philox streams than drafts do, so all share seed and offset. A round that ends
+    Acceptance and replacement use other Philox streams than drafts do, so all share seed and offset. A round that ends
     with n accepted has used what lies at offset … offset + n: the next one starts at offset + n + 1, and the noise
-    of the drafts that fell is free to be used again.
+    of the drafts that fell is free to be used again. The token after the last draft is drafted here, with the noise
+    that a draft of its position has, and verified like one: a text so depends on its seed and on offsets, not on
+    how many tokens are drafted at a time (but for rounding).
 
     Args:
         base_logits: (B, γ+1, V): at position i of text b, the logits of the token that draft i proposes; position γ
