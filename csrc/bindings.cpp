@@ -295,6 +295,29 @@ PYBIND11_MODULE(_C, m) {
          .tokens = pointer<int64_t>(tokens)},
         launch);
   });
+  m.def("verify_draft", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, int64_t texts, int64_t drafted,
+                           uintptr_t draft_ids, uintptr_t lengths, bool greedy, double temperature, int64_t top_k, double top_p,
+                           double min_p, int64_t seed, uintptr_t seeds, int64_t offset, uintptr_t offsets, uintptr_t accepted,
+                           uintptr_t next, const Launch& launch) {
+    return run("verify_draft", memdec::verify_draft,
+        {.mixture = mixture(base, memory, alpha, alphas),
+         .texts = texts,
+         .drafted = drafted,
+         .draft_ids = pointer<const int64_t>(draft_ids),
+         .lengths = pointer<const int64_t>(lengths),
+         .greedy = greedy,
+         .temperature = temperature,
+         .top_k = top_k,
+         .top_p = top_p,
+         .min_p = min_p,
+         .seed = static_cast<uint64_t>(seed),
+         .seeds = pointer<const int64_t>(seeds),
+         .offset = static_cast<uint64_t>(offset),
+         .offsets = pointer<const int64_t>(offsets),
+         .accepted = pointer<int64_t>(accepted),
+         .next = pointer<int64_t>(next)},
+        launch);
+  });
   m.def("interpolate_sparse", [](const Rows& base, const SparseRows& teacher, double alpha, uintptr_t alphas, uintptr_t log_probs,
                                  const Launch& launch) {
     return run("interpolate_sparse", memdec::interpolate_sparse,

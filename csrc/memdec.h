@@ -247,6 +247,29 @@ struct InterpolateSample {
 };
 Status interpolate_sample(const InterpolateSample& op, const Launch& launch);
 
+// How many of the γ drafted tokens of each of B texts stand, and the token that follows them: together drawn from p_mix where
+// the drafts were drawn from the memory's own distribution, or (greedy) the likeliest tokens under p_mix. Position i of text b
+// is row b·(γ+1) + i of the mixture; it draws with the text's seed and its offset + i.
+struct VerifyDraft {
+  Mixture mixture;             // B·(γ+1) rows
+  int64_t texts;               // B
+  int64_t drafted;             // γ
+  const int64_t* draft_ids;    // (B, γ) in [0, V), as far as the text's length goes
+  const int64_t* lengths;      // (B,) in [0, γ], or null: γ
+  bool greedy;                 // warpers and seeds have no part in it
+  double temperature;          // > 0; warps mixture and memory alike, as top_k, top_p and min_p do
+  int64_t top_k;               // 0: all
+  double top_p;                // 1: all
+  double min_p;                // 0: all
+  uint64_t seed;               // where seeds is null; text b draws with seed + b · 2⁶⁴/φ
+  const int64_t* seeds;        // (B,)
+  uint64_t offset;             // where offsets is null
+  const int64_t* offsets;      // (B,)
+  int64_t* accepted;           // (B,) out
+  int64_t* next;               // (B,) out; −1 where there is none to draw
+};
+Status verify_draft(const VerifyDraft& op, const Launch& launch);
+
 // log(α·(q + (1−m)·p) + (1−α)·p), p = softmax(base), q the teacher's row and m its mass: the kNN-LM.
 struct InterpolateSparse {
   Rows base;             // (N, V)

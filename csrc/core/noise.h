@@ -6,8 +6,9 @@
 namespace memdec {
 namespace {
 
-// Separate streams of one (seed, offset): the second half of the counter's low word. Draft, acceptance and residual follow.
-enum Stream : uint32_t { noise_stream = 0, coin_stream = 1 };
+// Separate streams of one (seed, offset): the second half of the counter's low word. A draft is drawn as interpolate_sample
+// draws, with noise_stream; what verify_draft draws beside it, acceptance and next token, has streams of its own.
+enum Stream : uint32_t { noise_stream = 0, coin_stream = 1, acceptance_stream = 2, residual_stream = 3 };
 
 // Where one seed serves all rows, row r draws with seed + r · golden, 2⁶⁴/φ.
 constexpr uint64_t golden = 0x9E3779B97F4A7C15u;

@@ -109,5 +109,6 @@ MEMDEC_CPU_OP(interpolate_log_prob, InterpolateLogProb)
 MEMDEC_CPU_OP(interpolate_argmax, InterpolateArgmax)
 MEMDEC_CPU_OP(interpolate_sample, InterpolateSample)
 MEMDEC_CPU_OP(interpolate_sparse, InterpolateSparse)
+MEMDEC_CPU_OP(verify_draft, VerifyDraft)
 
 }  // namespace memdec

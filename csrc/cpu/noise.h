@@ -68,14 +68,15 @@ inline Counters paired(Counters a, Counters b) {
 }
 #endif
 
-// pairs[2·i] = words 0 and 1 of Philox at counter (block[i], noise_stream, offset), pairs[2·i + 1] = words 2 and 3, for
+// pairs[2·i] = words 0 and 1 of Philox at counter (block[i], stream, offset), pairs[2·i + 1] = words 2 and 3, for
 // philox_lanes blocks; the lower word of a pair is in the lower half.
-inline void philox_of_blocks(uint64_t seed, uint64_t offset, const uint64_t* block, uint64_t* pairs) {
+inline void philox_of_blocks(uint64_t seed, uint64_t offset, const uint64_t* block, uint64_t* pairs,
+                             Stream stream = noise_stream) {
   constexpr int w = Counters::width, parts = philox_lanes / w;
   Counters c0[parts], c1[parts], c2[parts], c3[parts];
   for (int p = 0; p < parts; ++p) {
     c0[p] = load_lanes(block + p * w);
-    c1[p] = lanes_of(noise_stream);
+    c1[p] = lanes_of(stream);
     c2[p] = lanes_of(static_cast<uint32_t>(offset));
     c3[p] = lanes_of(static_cast<uint32_t>(offset >> 32));
   }
@@ -104,11 +105,12 @@ inline void philox_of_blocks(uint64_t seed, uint64_t offset, const uint64_t* blo
 }
 
 // The draws of tokens first … first + n − 1, and what follows up to a multiple of 64; first is a multiple of 4.
-inline void draws_of_range(uint64_t seed, uint64_t offset, int64_t first, int64_t n, uint32_t* draw) {
+inline void draws_of_range(uint64_t seed, uint64_t offset, int64_t first, int64_t n, uint32_t* draw,
+                           Stream stream = noise_stream) {
   for (int64_t i = 0; i < n; i += 4 * philox_lanes) {
     uint64_t block[philox_lanes], pairs[2 * philox_lanes];
     for (int j = 0; j < philox_lanes; ++j) block[j] = static_cast<uint64_t>((first + i) / 4 + j);
-    philox_of_blocks(seed, offset, block, pairs);
+    philox_of_blocks(seed, offset, block, pairs, stream);
     for (int j = 0; j < 2 * philox_lanes; ++j) {
       draw[i + 2 * j] = static_cast<uint32_t>(pairs[j]);
       draw[i + 2 * j + 1] = static_cast<uint32_t>(pairs[j] >> 32);

@@ -115,6 +115,29 @@ def interpolate_sample(
     launch: _Launch,
     /,
 ) -> int: ...
+def verify_draft(
+    base: _Rows,
+    memory: _Rows,
+    alpha: float,
+    alphas: int,
+    texts: int,
+    drafted: int,
+    draft_ids: int,
+    lengths: int,
+    greedy: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    seeds: int,
+    offset: int,
+    offsets: int,
+    accepted: int,
+    next: int,
+    launch: _Launch,
+    /,
+) -> int: ...
 def interpolate_sparse(
     base: _Rows, teacher: _Sparse, alpha: float, alphas: int, log_probs: int, launch: _Launch, /
 ) -> int: ...

@@ -27,5 +27,6 @@ def test_an_op_asks_for_its_workspace_before_anything_is_launched():
 
 
 def test_an_op_without_kernels_says_so():
-    with pytest.raises(NotImplementedError, match="topk_filter_prepare: has no CUDA kernel yet"):
-        _C.topk_filter_prepare(0, 0, 0, 0, 0, 0, 0, (0, 0, 0, 0))
+    with pytest.raises(NotImplementedError, match="verify_draft: has no CUDA kernel yet"):
+        row = rows(torch.zeros(1, 7))[1]
+        _C.verify_draft(row, row, 0.5, 0, 1, 0, 0, 0, False, 1.0, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 0, (0, 0, 0, 0))

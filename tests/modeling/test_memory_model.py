@@ -200,12 +200,13 @@ def test_sampling(model: MemoryModel, pair: Pair, temperature: float, top_k: int
         top_k=top_k,
         top_p=1.0,
         cache_implementation=cache,
+        decoding="composite",
     )
     assert new_tokens(output) == plain_sample(pair, PROMPTS, 11, temperature, top_k)
 
 
 def test_a_generator_of_ones_own(model: MemoryModel, pair: Pair) -> None:
-    settings = {**padded(PROMPTS), "max_new_tokens": TOKENS, "do_sample": True, "top_k": 0}
+    settings = {**padded(PROMPTS), "max_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "decoding": "composite"}
     torch.manual_seed(3)
     before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(11)
@@ -266,7 +267,8 @@ def test_every_mode_of_transformers(model: MemoryModel, pair: Pair, mode: str, c
     torch.manual_seed(21)
     expected = PlainMixture(pair).generate(**settings, use_cache=False)
     torch.manual_seed(21)
-    assert model.generate(**settings, cache_implementation=cache).tolist() == expected.tolist()
+    made = model.generate(**settings, cache_implementation=cache, decoding="composite")
+    assert made.tolist() == expected.tolist()
 
 
 def test_a_base_that_is_partly_on_disk(pair: Pair, tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -290,7 +292,14 @@ def test_a_base_that_is_partly_on_disk(pair: Pair, tiny_tokenizer: Any, tmp_path
 
 def test_several_samples_of_each_prompt(model: MemoryModel, pair: Pair) -> None:
     torch.manual_seed(5)
-    output = model.generate(**padded(PROMPTS), max_new_tokens=TOKENS, do_sample=True, top_k=0, num_return_sequences=2)
+    output = model.generate(
+        **padded(PROMPTS),
+        max_new_tokens=TOKENS,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=2,
+        decoding="composite",
+    )
     repeated = [prompt for prompt in PROMPTS for _ in range(2)]
     assert new_tokens(output) == plain_sample(pair, repeated, 5, 1.0, 0)
 
@@ -298,7 +307,14 @@ def test_several_samples_of_each_prompt(model: MemoryModel, pair: Pair) -> None:
 def test_end_of_text_stops_a_row_and_pads_it(model: MemoryModel, pair: Pair) -> None:
     free = [plain_greedy(pair, prompt) for prompt in PROMPTS]
     eos = free[0][3]
-    output = model.generate(**padded(PROMPTS), max_new_tokens=TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=1)
+    output = model.generate(
+        **padded(PROMPTS),
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=1,
+        decoding="composite",
+    )
     expected = [plain_greedy(pair, prompt, eos=eos) for prompt in PROMPTS]
     assert min(map(len, expected)) < max(map(len, expected))
     length = max(map(len, expected))
@@ -548,8 +564,8 @@ def test_alpha_takes_effect_at_once(model: MemoryModel, pair: Pair) -> None:
 
 
 def test_other_decodings_are_said_to_be_missing(model: MemoryModel) -> None:
-    with pytest.raises(MemdecError, match=r"decoding='speculative' is not available.*composite"):
-        model.generate(torch.tensor([PROMPTS[0]]), decoding="speculative")
+    with pytest.raises(MemdecError, match=r"decoding='lookahead' is not available.*composite"):
+        model.generate(torch.tensor([PROMPTS[0]]), decoding="lookahead")
     output = model.generate(torch.tensor([PROMPTS[0]]), decoding="composite", max_new_tokens=1, do_sample=False)
     assert output.shape == (1, 6)
 

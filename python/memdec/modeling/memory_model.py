@@ -43,7 +43,7 @@ from memdec.stores.memory import CARD_NAME, MemoryCard, read_memory_card, write_
 
 LOGGER = logging.getLogger(__name__)
 
-DECODINGS = ("auto", "composite")
+DECODINGS = ("auto", "composite", "parallel", "speculative")
 IGNORED_LABEL = -100
 
 
@@ -52,14 +52,35 @@ class Decode:
     """What the last ``generate`` did.
 
     Attributes:
-        mode: how it decoded; "composite" is one forward of each model a token.
+        mode: how it decoded: "composite" is transformers' loop over forwards of the mixture, "parallel" one step of
+            each model a token, "speculative" drafts by the memory that the base verifies.
         tokens: number of tokens made, over all returned rows; padding behind a row's end is not counted.
-        seconds: wall time by part; "total" is all of it.
+        seconds: wall time by part; "total" is all of it. The engine adds "prefill", "draft" (steps of the memory),
+            "verify" (forwards of the base) and "choose" (verification, stopping, caches).
+        rounds: forwards of the base after the prompt; 0 for "composite", and so are the next three.
+        row_rounds: the same, each counted once for every row that was still going.
+        drafted: tokens drafted, over all rows.
+        accepted: those of them that stood.
+        acceptance: share of the drafts looked at that stood; None without drafts.
+        cost_ratio: c, a step of the memory over a step of the base.
+        reason: why it was "composite" though something else was asked for or could be chosen.
     """
 
     mode: str
     tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    row_rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    acceptance: float | None = None
+    cost_ratio: float | None = None
+    reason: str | None = None
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        """Tokens that a forward of the base brought a row, on average."""
+        return self.tokens / self.row_rounds if self.row_rounds else None
 
 
 class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -97,6 +118,9 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         self.card = card
         self.last_decode: Decode | None = None
         self._memory_enabled = True
+        self._request: Any = None  # while generate runs: what it asks of memdec.decoding
+        self._engine_decode: Any = None  # what that did: a Decode, or the reason why not
+        self._estimates: dict[Any, Any] = {}  # what it learnt of this pair's speed
         # post_init gathers what transformers asks of a model (tied weights, modules not to be split); both models
         # come with their weights, and init_weights below leaves them alone.
         self.post_init()
@@ -355,6 +379,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         inputs: Tensor | None = None,
         *arguments: Any,
         decoding: str = "auto",
+        draft_tokens: int | None = None,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ):
@@ -363,7 +388,12 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         Args:
             inputs: prompt ids (B, L), also as ``input_ids=``; with an ``attention_mask`` when rows are padded (left).
             *arguments: as ``GenerationMixin.generate``.
-            decoding: "composite" runs both models once a token; "auto" takes the fastest way there is (composite).
+            decoding: "composite" is transformers' own loop, one forward of each model a token; "parallel" the same
+                work in a loop of ours; "speculative" lets the memory draft and the base verify; "auto" chooses between
+                the last two, round by round. All have the mixture's law. What the engine does not do (beams,
+                penalties, …; see docs/decoding.md) falls back to "composite", and ``last_decode.reason`` says why. For
+                the same state of torch's generator "composite" gives other samples than the rest, which agree.
+            draft_tokens: how many tokens the memory drafts at a time ("speculative" only); None is 4.
             generator: random draws come from it; None uses torch's global generator.
             **kwargs: as ``GenerationMixin.generate``: max_new_tokens, do_sample, num_beams, cache_implementation, …
 
@@ -371,20 +401,91 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
             What ``GenerationMixin.generate`` returns. ``last_decode`` then tells mode, tokens and seconds.
 
         Raises:
-            MemdecError: `decoding` is not available.
+            MemdecError: `decoding` is not available; the memory reads less text than is asked for.
+            ValueError: `draft_tokens` is not a number from 1, or goes with another decoding.
         """
         if decoding not in DECODINGS:
             raise MemdecError(f"decoding={decoding!r} is not available; this version of memdec has {DECODINGS}.")
+        if draft_tokens is not None and (
+            decoding != "speculative" or isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int)
+        ):
+            raise ValueError(
+                f"draft_tokens: got {draft_tokens!r} with decoding={decoding!r}, wanted an int with "
+                "decoding='speculative'"
+            )
+        if draft_tokens is not None and draft_tokens < 1:
+            raise ValueError(f"draft_tokens: got {draft_tokens}, wanted at least 1; decoding='parallel' drafts none")
         start = time.perf_counter()
-        with drawing_from(generator, input_device(self.base)):
-            result = super().generate(inputs, *arguments, **kwargs)
+        self._engine_decode = None
+        if decoding != "composite":
+            # The engine stands on this module; imports run one way.
+            from memdec.decoding.dispatch import Request
+
+            given = frozenset(name for name, value in kwargs.items() if value is not None)
+            self._request = Request(decoding, draft_tokens, given)
+        try:
+            with drawing_from(generator, input_device(self.base)):
+                result = super().generate(inputs, *arguments, **kwargs)
+        finally:
+            self._request = None
+        if isinstance(self._engine_decode, Decode):
+            self.last_decode = self._engine_decode
+            return result
         sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         configured = kwargs.get("generation_config") or self.generation_config
         eos = kwargs.get("eos_token_id", configured.eos_token_id)
         tokens = count_tokens(sequences[:, 0 if prompt is None else prompt.shape[1] :], eos)
-        self.last_decode = Decode("composite", tokens, {"total": time.perf_counter() - start})
+        reason = self._engine_decode
+        if decoding != "composite" and reason is None:
+            reason = "beams, or another search of transformers' own"
+        self.last_decode = Decode("composite", tokens, {"total": time.perf_counter() - start}, reason=reason)
         return result
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """transformers' loop for greedy and sampled decoding, where everything has been prepared: ours, if it can.
+
+        (The ``custom_generate`` hook would come to the same place, but withholds the streamer and the tokenizer of
+        stop strings from it.)
+        """
+        if self._request is not None:
+            from memdec.decoding.dispatch import run
+
+            done: Any = "the ranks of a distributed run go in step"
+            if not synced_gpus:
+                done = run(
+                    self,
+                    self._request,
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    streamer,
+                    model_kwargs,
+                    self._estimates,
+                )
+            if not isinstance(done, str):
+                sequences, self._engine_decode = done
+                return sequences
+            self._engine_decode = done
+        return super()._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
 
     def prepare_inputs_for_generation(
         self,

@@ -13,11 +13,13 @@ from memdec.ops.interpolate_log_prob import interpolate_log_prob
 from memdec.ops.interpolate_sample import interpolate_sample
 from memdec.ops.interpolate_sparse import interpolate_sparse
 from memdec.ops.linear_alignment_loss import linear_alignment_loss
-from memdec.ops.reference import AlignmentLoss
+from memdec.ops.reference import AlignmentLoss, VerifiedDraft
 from memdec.ops.token_log_prob import token_log_prob
+from memdec.ops.verify_draft import verify_draft
 
 __all__ = [
     "AlignmentLoss",
+    "VerifiedDraft",
     "aggregate_neighbors",
     "alignment_loss",
     "interpolate",
@@ -28,4 +30,5 @@ __all__ = [
     "linear_alignment_loss",
     "reference",
     "token_log_prob",
+    "verify_draft",
 ]

@@ -27,6 +27,13 @@ class AlignmentLoss(NamedTuple):
     ce: Tensor
 
 
+class VerifiedDraft(NamedTuple):
+    """How many drafted tokens of each text stand, and the token that comes after them; both (B,) int64."""
+
+    num_accepted: Tensor
+    next_token: Tensor
+
+
 # ---------------------------------------------------------------------------------------------------------- likelihoods
 
 
@@ -188,7 +195,8 @@ def interpolate_sparse(base_logits: Tensor, teacher: SparseDistributions, alpha:
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
-NOISE_STREAM, COIN_STREAM = 0, 1  # the drafts' streams of verify_draft follow
+# interpolate_sample, and so the drafts, use the first two; verify_draft the others.
+NOISE_STREAM, COIN_STREAM, ACCEPTANCE_STREAM, RESIDUAL_STREAM = 0, 1, 2, 3
 _GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ: moves the key of one row far from the next one's
 _MASK32 = 0xFFFFFFFF
 
@@ -302,6 +310,138 @@ def interpolate_sample(
     # NaN also where all are −inf (nothing can be drawn) or one is +inf (its softmax is NaN).
     broken = scores.isnan().any(-1)
     return torch.where(broken, -1, (scores + noise).argmax(-1)).reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------- speculation
+
+
+class DraftLaw(NamedTuple):
+    """What verify_draft does at each position, as probabilities (B, γ+1, V): NaN where a row in use is broken."""
+
+    draft: Tensor  # q: what the draft must have been drawn from
+    accept: Tensor  # the chance that a draft of this token stands
+    rest: Tensor  # what is drawn from on rejection
+    target: Tensor  # p
+
+
+def draft_law(
+    base_logits: Tensor,
+    memory_logits: Tensor,
+    alpha: float | Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> DraftLaw:
+    """The probabilities by which drafts are accepted, rejected and replaced; see :func:`memdec.ops.verify_draft`.
+
+    Without warpers they are written with what the mixture's structure gives, as the kernels have them: with p and q of
+    the general form they must (and, by the tests, do) agree.
+    """
+    shape = base_logits.shape
+    log_base, log_memory = _log_softmax(base_logits), _log_softmax(memory_logits)
+    log_mix = interpolate(base_logits, memory_logits, alpha)
+    a = _alpha(alpha, base_logits, log_mix.dtype)
+    if temperature == 1 and top_k == 0 and top_p == 1 and min_p == 0:
+        p, q = log_mix.exp(), log_memory.exp()
+        ratio = (log_base - log_memory).exp()  # NaN where neither model can give the token
+        accept = torch.where(a == 1, 1.0, a + (1 - a) * torch.where(ratio.isnan(), 0.0, ratio)).clamp(max=1)
+        rest = (log_base.exp() - q).clamp(min=0)
+    else:
+        warped = [
+            warp(x.reshape(-1, shape[-1]), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+            for x in (log_mix, log_memory)
+        ]
+        p, q = (x.softmax(-1).reshape(shape) for x in warped)
+        accept = torch.where(p > 0, p / q, torch.zeros_like(p)).clamp(max=1)  # p > 0 = q: whoever drew it, it stands
+        rest = (p - q).clamp(min=0)
+    mass = rest.sum(-1, keepdim=True)
+    none = 1e-13 if rest.dtype == torch.float64 else 1e-6
+    # A memory that cannot be drawn from (NaN) has drafted nothing: whatever stands in its place falls.
+    undrawn = q.isnan().any(-1, keepdim=True)
+    rest = torch.where(undrawn | (mass <= none) | mass.isnan(), p, rest / mass)
+    return DraftLaw(q, torch.where(undrawn & (a < 1), torch.zeros_like(accept), accept), rest, p)
+
+
+def verify_draft(
+    base_logits: Tensor,
+    memory_logits: Tensor,
+    draft_ids: Tensor,
+    alpha: float | Tensor,
+    *,
+    draft_lengths: Tensor | None = None,
+    greedy: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Tensor,
+    offset: int | Tensor = 0,
+) -> VerifiedDraft:
+    """Verification of drafts, a position of a text at a time; see :func:`memdec.ops.verify_draft`."""
+    check_draft(base_logits, memory_logits, draft_ids, alpha, draft_lengths)
+    checks.positive("temperature", temperature)
+    checks.count("top_k", top_k)
+    checks.fraction("top_p", top_p)
+    checks.fraction("min_p", min_p)
+    texts, drafted = draft_ids.shape
+    device, vocab_size = base_logits.device, base_logits.shape[-1]
+    checks.per_row("seed", seed, base_logits[:, 0])
+    checks.per_row("offset", offset, base_logits[:, 0])
+    seeds = row_keys(seed, texts, device, mix_row=True)
+    offsets = row_keys(offset, texts, device, mix_row=False)
+    lengths = torch.full((texts,), drafted) if draft_lengths is None else draft_lengths
+    if texts and (int(lengths.min()) < 0 or int(lengths.max()) > drafted):
+        raise ValueError(f"draft_lengths: got {int(lengths.min())} to {int(lengths.max())}, wanted 0 to {drafted}")
+    a = _alpha(alpha, base_logits, torch.float64).expand(*base_logits.shape[:-1], 1)[..., 0]
+    plain = temperature == 1 and top_k == 0 and top_p == 1 and min_p == 0
+    law = draft_law(base_logits, memory_logits, alpha, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    accepted, following = [0] * texts, [-1] * texts
+    for b in range(texts):
+        length = int(lengths[b])
+        _check_range("draft_ids", draft_ids[b, :length], vocab_size)
+        for i in range(length + 1):
+            accepted[b] = i
+            key, counter = seeds[b : b + 1], offsets[b : b + 1] + i
+            u = (float(draws(key, counter, ACCEPTANCE_STREAM, 1)) + 0.5) * 2.0**-32
+            if greedy:
+                following[b] = int(interpolate_argmax(base_logits[b, i], memory_logits[b, i], float(a[b, i])))
+                stands = i < length and following[b] == int(draft_ids[b, i])
+            else:
+                # The token after the drafts is drafted and verified as they are.
+                x = int(draft_ids[b, i]) if i < length else _drawn(law.draft[b, i], key, counter, NOISE_STREAM)
+                if plain and u < float(a[b, i]):
+                    stands = True
+                else:
+                    broken = bool(law.target[b, i].isnan().any())
+                    stands = x >= 0 and not broken and u < float(law.accept[b, i, x])
+                following[b] = x if stands else _drawn(law.rest[b, i], key, counter, RESIDUAL_STREAM)
+            if i == length or not stands:
+                break
+    return VerifiedDraft(torch.tensor(accepted, device=device), torch.tensor(following, device=device))
+
+
+def _drawn(probs: Tensor, seed: Tensor, offset: Tensor, stream: int) -> int:
+    """Gumbel-max; −1 for NaN."""
+    if bool(probs.isnan().any()):
+        return -1
+    noise = gumbel(draws(seed, offset, stream, probs.numel())[0], probs.dtype)
+    return int((probs.log() + noise).argmax())
+
+
+def check_draft(
+    base_logits: Tensor, memory_logits: Tensor, draft_ids: Tensor, alpha: float | Tensor, lengths: Tensor | None
+) -> tuple[float, Tensor | None]:
+    """Check the tensors of a verification; α comes back as (number, None) or (0.0, tensor)."""
+    checks.logits_pair(base_logits, memory_logits)
+    shape = tuple(base_logits.shape)
+    if len(shape) != 3 or shape[1] == 0:
+        raise ValueError(f"base_logits: got shape {shape}, wanted (B, γ+1, V): γ drafts and the position after them")
+    checks.tokens("draft_ids", draft_ids, (shape[0], shape[1] - 1), base_logits)
+    if lengths is not None:
+        checks.tokens("draft_lengths", lengths, shape[:1], base_logits)
+    return checks.alpha(alpha, base_logits)
 
 
 # -------------------------------------------------------------------------------------------------------------- details

@@ -1,0 +1,92 @@
+"""From transformers' prepared generation to the engine, or back with the reason why not."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from memdec.decoding.engine import decode
+from memdec.decoding.plan import FIRST_DRAFT, Estimates
+from memdec.decoding.support import warpers_of, why_not
+from memdec.errors import MemdecError
+from memdec.modeling.memory_model import Decode
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``MemoryModel.generate`` was asked for beyond transformers' arguments.
+
+    Attributes:
+        decoding: "auto", "parallel" or "speculative".
+        draft_tokens: γ of "speculative"; None is the default one.
+        given: names of the model inputs that the caller gave.
+    """
+
+    decoding: str
+    draft_tokens: int | None
+    given: frozenset[str]
+
+
+def run(
+    model: Any,
+    request: Request,
+    input_ids: Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    streamer: Any,
+    inputs: dict[str, Any],
+    estimates: dict[Any, Estimates],
+) -> tuple[Tensor, Decode] | str:
+    """The continued rows with what was done, or why transformers' own loop has to do it."""
+    reason = why_not(model, input_ids.shape[0], processors, criteria, config, streamer, inputs)
+    own = request.given & {"past_key_values", "position_ids"}
+    if own:
+        reason = f"{', '.join(sorted(own))} was given"
+    max_length = min(length for length in (criteria.max_length, config.max_length) if length is not None)
+    short = _short_memory(model, max_length)
+    if reason is None and short and request.decoding == "auto":
+        reason = short
+    if reason is not None:
+        level = logging.INFO if request.decoding == "auto" else logging.WARNING
+        if not model.memory_enabled:
+            level = logging.DEBUG  # whoever disabled it knows
+        LOGGER.log(level, "decoding=%r goes one token at a time, as composite: %s", request.decoding, reason)
+        return reason
+    if short:
+        raise MemdecError(
+            f"{short}; ask for fewer new tokens, shorten the prompt, or decode with decoding='composite', which goes "
+            "on beyond what the memory was made for."
+        )
+    key = (input_ids.shape[0], round(model.alpha, 2), bool(config.do_sample))
+    known = estimates.setdefault(key, Estimates())
+    fixed = {"parallel": 0, "speculative": request.draft_tokens or FIRST_DRAFT}
+    pad = config._pad_token_tensor
+    return decode(
+        model,
+        input_ids,
+        inputs.get("attention_mask"),
+        criteria=criteria,
+        max_length=max_length,
+        pad_token=None if pad is None else int(pad),
+        warpers=warpers_of(processors) if config.do_sample else None,
+        draft_tokens=fixed.get(request.decoding, known),
+        estimates=known,
+        streamer=streamer,
+    )
+
+
+def _short_memory(model: Any, max_length: int) -> str | None:
+    """Says so where the text may outgrow the memory's context, but not the base's."""
+    base, memory = (
+        getattr(one.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for one in (model.base, model.memory)
+    )
+    if memory is None or max_length <= memory or (base is not None and base <= memory):
+        return None
+    return f"the memory reads up to {memory} tokens (the base {base}), and the text may become {max_length} long"

@@ -1,0 +1,271 @@
+"""The decoding loop: in a round the memory drafts γ tokens, the base reads them at once, verify_draft decides.
+
+With t the last token of a text, which neither model has read:
+
+    memory   reads t, d₁ … d_γ, one by one     draft d_i+1 comes from what it says after d_i
+    base     reads t, d₁ … d_γ, at once
+    verify   n of the drafts stand, and x comes after them: n + 1 new tokens; x is the next t
+
+So both caches grow by the same γ + 1 tokens, of which the first n + 1 stay. With γ = 0 a round is one step of both
+models ("parallel"). Rows of a batch keep different numbers of tokens: what a row must forget is masked, and the caches
+are cut to the longest. Token number i of a row is a function of the text before it, the row's seed and i alone,
+whatever γ is and whatever other rows there are (up to the rounding of the models' forwards).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from memdec.decoding.cache import rollback_cache
+from memdec.decoding.plan import Estimates
+from memdec.decoding.support import Warpers
+from memdec.errors import MemdecError
+from memdec.modeling.memory_model import Decode, takes
+from memdec.modeling.structure import input_device
+from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
+
+ROOM = 256  # tokens of room in a cache beyond the prompt, before it grows
+
+
+class Reader:
+    """One of the two models with its cache: it reads tokens and gives logits."""
+
+    def __init__(self, model: Any, room: int, vocab_size: int) -> None:
+        self.model = model
+        self.cache = rollback_cache(model, room)
+        self.vocab_size = vocab_size
+        self.device = input_device(model)
+        self.takes_positions = takes(model, "position_ids")
+        self.keeps = takes(model, "logits_to_keep")
+
+    def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, *, last_only: bool = False) -> Tensor:
+        """Logits (B, n, V) after each of the tokens (B, n); `mask` covers all that the cache then holds."""
+        given: dict[str, Any] = {"input_ids": tokens.to(self.device), "past_key_values": self.cache, "use_cache": True}
+        if mask is not None:
+            given["attention_mask"] = mask.to(self.device)
+        if self.takes_positions:
+            given["position_ids"] = positions.to(self.device)
+        if self.keeps and last_only:
+            given["logits_to_keep"] = 1
+        logits: Tensor = self.model(**given, return_dict=True).logits
+        return logits[..., : self.vocab_size]
+
+
+def row_seeds(rows: int) -> Tensor:
+    """A seed a row, (rows,) int64, from torch's global generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (rows,))
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    input_ids: Tensor,  # (B, L), padded on the left
+    attention_mask: Tensor | None,  # (B, L)
+    *,
+    criteria: Any,
+    max_length: int,
+    pad_token: int | None,
+    warpers: Warpers | None,
+    draft_tokens: int | Estimates,
+    estimates: Estimates | None = None,
+    streamer: Any = None,
+    seeds: Tensor | None = None,
+) -> tuple[Tensor, Decode]:
+    """Continue each row of a batch until it stops.
+
+    Args:
+        model: a MemoryModel.
+        input_ids: prompts.
+        attention_mask: 1 for tokens, 0 for padding; None where there is none.
+        criteria: transformers' stopping criteria.
+        max_length: of prompt (padding included) and continuation.
+        pad_token: what stands behind a row that has ended before others.
+        warpers: of the draws; None takes the likeliest token.
+        draft_tokens: γ, or estimates that choose it anew in each round.
+        estimates: that are to learn from this, where γ is a number.
+        streamer: transformers' streamer, for one row.
+        seeds: (B,) int64; None draws them from torch's global generator.
+
+    Returns:
+        Prompts and continuations, (B, L + longest), and what was done.
+
+    Raises:
+        MemdecError: the models' logits are NaN.
+    """
+    start_time = time.perf_counter()
+    rows, prompt = input_ids.shape
+    vocab_size, alpha = model.config.vocab_size, model.alpha
+    adaptive = isinstance(draft_tokens, Estimates)
+    learning = draft_tokens if isinstance(draft_tokens, Estimates) else (estimates or Estimates())
+    room = prompt + min(max_length - prompt, ROOM) + 16
+    base, memory = (Reader(one, room, vocab_size) for one in (model.base, model.memory))
+    ends = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten().tolist()}
+    others = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+    greedy = warpers is None
+    drawing = {} if warpers is None else warpers.arguments()
+    if seeds is None and not greedy:
+        seeds = row_seeds(rows)
+    device = input_ids.device
+    seed = torch.zeros(rows, dtype=torch.int64) if seeds is None else seeds
+    seed = seed.to(device)
+    offset = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    # The prompts but for their last tokens, which the first round reads.
+    mask: Tensor | None = None
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+        padded = False
+    else:
+        padded = bool((attention_mask == 0).any())
+    if rows > 1 or padded:
+        mask = torch.ones(rows, 2 * room, dtype=torch.int64, device=device)
+        mask[:, :prompt] = attention_mask
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    if prompt > 1:
+        for reader in (base, memory):
+            reader.read(
+                input_ids[:, :-1],
+                None if mask is None else mask[:, : prompt - 1],
+                positions[:, :-1],
+                last_only=True,
+            )
+    seconds = {"prefill": time.perf_counter() - start_time, "draft": 0.0, "verify": 0.0, "choose": 0.0}
+
+    made: list[list[int]] = [[] for _ in range(rows)]
+    active = list(range(rows))
+    last = input_ids[:, -1:]
+    position = positions[:, -1:]
+    filled = prompt - 1  # tokens in the caches, the same for all rows
+    rounds = row_rounds = steps = drafted = accepted = trials = 0
+    while active:
+        began = time.perf_counter()
+        left = [max_length - prompt - len(made[row]) for row in active]
+        gamma = draft_tokens.draft_tokens() if isinstance(draft_tokens, Estimates) else draft_tokens
+        gamma = min(gamma, max(left) - 1)
+        width = gamma + 1
+        if mask is not None and filled + width > mask.shape[1]:
+            mask = torch.cat([mask, torch.ones_like(mask)], 1)
+        # A row that ends before the longest draft does drafts on, to no purpose, at its last position.
+        final = position + torch.tensor(left, device=device)[:, None] - 1
+        places = torch.minimum(position + torch.arange(width, device=device), final)
+
+        block, from_memory = last, []
+        for i in range(width):
+            seen = None if mask is None else mask[:, : filled + i + 1]
+            logits = memory.read(block[:, -1:], seen, places[:, i : i + 1]).to(device)
+            from_memory.append(logits)
+            if i == gamma:
+                break
+            row_logits = logits[:, 0]
+            if greedy:
+                draft = interpolate_argmax(row_logits, row_logits, 1.0)
+            else:
+                draft = interpolate_sample(row_logits, row_logits, 1.0, seed=seed, offset=offset + i, **drawing)
+            block = torch.cat([block, draft[:, None]], 1)
+        memory_logits = from_memory[0] if gamma == 0 else torch.cat(from_memory, 1)
+        drafted_at = time.perf_counter()
+
+        seen = None if mask is None else mask[:, : filled + width]
+        base_logits = base.read(block, seen, places).to(device)
+        read_at = time.perf_counter()
+
+        lengths = [min(gamma, rest - 1) for rest in left]
+        whole = len(active) == 1 or min(lengths) == gamma
+        verified = verify_draft(
+            base_logits,
+            memory_logits,
+            block[:, 1:],
+            alpha,
+            draft_lengths=None if whole else torch.tensor(lengths, device=device),
+            greedy=greedy,
+            seed=seed,
+            offset=offset,
+            **drawing,
+        )
+        stood, following = verified.num_accepted.tolist(), verified.next_token.tolist()
+        if min(following) < 0:
+            raise MemdecError(
+                "there is no token to choose: the logits of the base or of the memory hold NaN or infinities. Load the "
+                "models in float32 or bfloat16 and see whether each generates alone."
+            )
+        rounds += 1
+        steps += width
+        row_rounds += len(active)
+        drafted += sum(lengths)
+        accepted += sum(stood)
+        looked_at = sum(min(n + 1, length) for n, length in zip(stood, lengths, strict=True))
+        trials += looked_at
+        drafts = block[:, 1:].tolist()
+        staying = []
+        for i, row in enumerate(active):
+            new = [*drafts[i][: stood[i]], following[i]]
+            if not _append(made[row], new, ends, max_length - prompt, others, input_ids[row], streamer):
+                staying.append(i)
+        learning.add_trials(sum(stood), looked_at)
+        learning.add_times(width, drafted_at - began, read_at - drafted_at)
+
+        if staying:
+            kept = [stood[i] + 1 for i in staying]
+            longest = max(kept)
+            if len(staying) < len(active):
+                chosen = torch.tensor(staying, device=device)
+                for reader in (base, memory):
+                    reader.cache.batch_select_indices(chosen.to(reader.device))
+                seed, offset, position = seed[chosen], offset[chosen], position[chosen]
+                mask = None if mask is None else mask[chosen]
+            for reader in (base, memory):
+                reader.cache.crop(longest - width)
+            if mask is not None:
+                for i, keep in enumerate(kept):
+                    if keep < longest:
+                        mask[i, filled + keep : filled + longest] = 0
+            forward = torch.tensor(kept, device=device)
+            offset = offset + forward
+            position = position + forward[:, None]
+            last = torch.tensor([[following[i]] for i in staying], device=device)
+            filled += longest
+        active = [active[i] for i in staying]
+        now = time.perf_counter()
+        seconds["draft"] += drafted_at - began
+        seconds["verify"] += read_at - drafted_at
+        seconds["choose"] += now - read_at
+    if streamer is not None:
+        streamer.end()
+
+    longest = max(map(len, made))
+    filler = 0 if pad_token is None else pad_token  # None: then all rows are of one length
+    grown = torch.tensor([text + [filler] * (longest - len(text)) for text in made], device=device)
+    seconds["total"] = time.perf_counter() - start_time
+    return torch.cat([input_ids, grown.to(input_ids.dtype)], 1), Decode(
+        mode="speculative" if drafted or (not adaptive and draft_tokens) else "parallel",
+        tokens=sum(map(len, made)),
+        seconds=seconds,
+        rounds=rounds,
+        row_rounds=row_rounds,
+        drafted=drafted,
+        accepted=accepted,
+        acceptance=accepted / trials if trials else None,
+        cost_ratio=seconds["draft"] / steps / learning.base_cost(1),
+    )
+
+
+def _append(
+    text: list[int], new: list[int], ends: set[int], room: int, others: list[Any], prompt: Tensor, streamer: Any
+) -> bool:
+    """Appends the new tokens until one of them ends the row; whether one did."""
+    for token in new:
+        text.append(token)
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+        if token in ends or len(text) >= room:
+            return True
+        if others:
+            so_far = torch.cat([prompt, torch.tensor(text, device=prompt.device)])[None]
+            if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in others):
+                return True
+    return False

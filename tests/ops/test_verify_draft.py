@@ -1,0 +1,415 @@
+"""verify_draft: what it lets through and adds has the mixture's law, by enumeration and by counting.
+
+The law of a round is proved twice over a tree of small vocabularies, in which the logits of a position depend on the
+tokens before it. A round ends after some tokens; continued by draws from the mixture to the full depth, each sequence
+must have the mixture's probability. `reference.draft_law` gives the algorithm's probabilities, which are summed exactly
+in float64; the kernel's rounds, with drafts drawn as its documentation says, are counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+
+from memdec import ops
+from memdec.ops import reference
+
+NAN, INF = math.nan, math.inf
+ALPHAS = [0.0, 0.25, 0.5, 0.9, 1.0]
+WARPERS = {
+    "none": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.15},
+    "all": {"temperature": 1.4, "top_k": 4, "top_p": 0.9, "min_p": 0.05},
+}
+warpers = pytest.mark.parametrize("settings", WARPERS.values(), ids=WARPERS.keys())
+VOCAB = {1: 9, 2: 6, 3: 4}  # of the tree, by γ
+
+
+@functools.cache
+def tree(gamma):
+    """Logits (V^i, V) of both models after each beginning of i tokens, for i from 0 to γ; some are masked."""
+    generator = torch.Generator().manual_seed(gamma)
+    vocab = VOCAB[gamma]
+    levels = []
+    for i in range(gamma + 1):
+        pair = []
+        for _ in range(2):
+            logits = 1.5 * torch.randn(vocab**i, vocab, generator=generator, dtype=torch.float64)
+            logits[torch.rand(vocab**i, vocab, generator=generator) < 0.1] = -INF
+            logits[:, 0] = logits[:, 0].clamp(min=-1)
+            pair.append(logits)
+        levels.append(tuple(pair))
+    return levels
+
+
+def target_law(gamma, alpha, settings):
+    """p of each sequence of γ+1 tokens under the warped mixture, and of each token at each place of the tree."""
+    whole, positions = torch.ones(1, dtype=torch.float64), []
+    for base, memory in tree(gamma):
+        probs = reference.warp(reference.interpolate(base, memory, alpha), **settings).softmax(-1)
+        positions.append(probs)
+        whole = (whole[:, None] * probs).reshape(-1)
+    return whole, positions
+
+
+def emitted_law(gamma, alpha, settings, *, bonus_from_base=False):
+    """Probability of each sequence of γ+1 tokens: a round's, continued from the mixture."""
+    vocab = VOCAB[gamma]
+    _, target = target_law(gamma, alpha, settings)
+    target = [place.tolist() for place in target]
+    laws = [reference.draft_law(base[:, None], memory[:, None], alpha, **settings) for base, memory in tree(gamma)]
+    drafts, accepts, rests = ([getattr(law, part)[:, 0] for law in laws] for part in ("draft", "accept", "rest"))
+    falls = (drafts[gamma] * (1 - accepts[gamma])).sum(-1, keepdim=True)
+    bonus = drafts[gamma] * accepts[gamma] + falls * rests[gamma]  # drafted and verified, as those before
+    if bonus_from_base:
+        bonus = torch.log_softmax(tree(gamma)[gamma][0], -1).exp()
+    bonus = bonus.tolist()
+    drafts, accepts, rests = ([level.tolist() for level in part] for part in (drafts, accepts, rests))
+    emitted = []
+    for sequence in itertools.product(range(vocab), repeat=gamma + 1):
+        total, kept = 0.0, 1.0  # kept: the chance that all so far were drafted and stand
+        places = [functools.reduce(lambda n, t: n * vocab + t, sequence[:i], 0) for i in range(gamma + 1)]
+        for i, (at, token) in enumerate(zip(places[:gamma], sequence, strict=False)):
+            draft, accept = drafts[i][at], accepts[i][at]
+            falls = math.fsum(q * (1 - a) for q, a in zip(draft, accept, strict=True))
+            after = math.prod(target[j][places[j]][sequence[j]] for j in range(i + 1, gamma + 1))
+            total += kept * falls * rests[i][at][token] * after
+            kept *= draft[token] * accept[token]
+        emitted.append(total + kept * bonus[places[gamma]][sequence[gamma]])
+    return torch.tensor(emitted, dtype=torch.float64)
+
+
+@warpers
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("gamma", [1, 2, 3])
+def test_the_law_by_enumeration(gamma, alpha, settings):
+    """Every sequence's probability, to 1e-12."""
+    wanted, _ = target_law(gamma, alpha, settings)
+    torch.testing.assert_close(emitted_law(gamma, alpha, settings), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [WARPERS["none"], WARPERS["top_p"]], ids=["none", "top_p"])
+def test_enumeration_catches_a_bonus_from_the_base(settings):
+    """The negative control: what the assistants of other libraries do."""
+    wanted, _ = target_law(2, 0.5, settings)
+    assert float((emitted_law(2, 0.5, settings, bonus_from_base=True) - wanted).abs().sum()) > 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+def chi_square(counts, probs, z=4.7534):
+    """Pearson's statistic, and what it exceeds once in 10⁶ runs (Wilson–Hilferty); cells under 5 expected pooled."""
+    expected = probs.double() * counts.sum()
+    rare = expected < 5
+    observed = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    assert not counts[probs == 0].any(), "a sequence of probability 0 was drawn"
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    freedom = max(observed.numel() - 1, 1)
+    limit = freedom * (1 - 2 / (9 * freedom) + z * math.sqrt(2 / (9 * freedom))) ** 3
+    return float(((observed - expected) ** 2 / expected).sum()), limit
+
+
+def rounds(gamma, alpha, settings, texts, *, dtype=torch.float32, bonus_from_base=False):
+    """Counts (V^(γ+1),) of the sequences that `texts` rounds end with, drafted as documented."""
+    vocab = VOCAB[gamma]
+    levels = [[x.to(dtype) for x in pair] for pair in tree(gamma)]
+    seed = torch.arange(texts) * 7919 + 3
+    at, drafts, base_rows, memory_rows = torch.zeros(texts, dtype=torch.int64), [], [], []
+    for i, (base, memory) in enumerate(levels):
+        base_rows.append(base[at])
+        memory_rows.append(memory[at])
+        if i < gamma:
+            draft = ops.interpolate_sample(memory[at], memory[at], 1.0, seed=seed, offset=i + 100, **settings)
+            drafts.append(draft)
+            at = at * vocab + draft
+    drafts = torch.stack(drafts, 1)
+    base_rows, memory_rows = torch.stack(base_rows, 1), torch.stack(memory_rows, 1)
+    n, token = ops.verify_draft(base_rows, memory_rows, drafts, alpha, seed=seed, offset=100, **settings)
+    generator = torch.Generator().manual_seed(1)
+    if bonus_from_base:
+        other = torch.multinomial(base_rows[:, gamma].softmax(-1), 1, generator=generator)[:, 0]
+        token = torch.where(n == gamma, other, token)
+    _, target = target_law(gamma, alpha, settings)
+    at = torch.zeros(texts, dtype=torch.int64)
+    for i in range(gamma + 1):
+        more = torch.multinomial(target[i][at], 1, generator=generator)[:, 0]
+        drafted = drafts[:, min(i, gamma - 1)]
+        at = at * vocab + torch.where(i < n, drafted, torch.where(i == n, token, more))
+    return torch.bincount(at, minlength=vocab ** (gamma + 1))
+
+
+@warpers
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("gamma", [1, 2, 3])
+def test_the_law_by_counting(gamma, alpha, settings):
+    """χ² of 40,000 rounds against the mixture's law; false alarm 10⁻⁶ a case, 10⁻⁴ in all 90."""
+    wanted, _ = target_law(gamma, alpha, settings)
+    statistic, limit = chi_square(rounds(gamma, alpha, settings, 40_000), wanted)
+    assert statistic < limit
+
+
+def test_counting_catches_a_bonus_from_the_base():
+    """The negative control, by more than ten times the limit."""
+    wanted, _ = target_law(2, 0.5, {})
+    statistic, limit = chi_square(rounds(2, 0.5, {}, 40_000, bonus_from_base=True), wanted)
+    assert statistic > 10 * limit
+
+
+@warpers
+def test_a_text_does_not_depend_on_how_much_is_drafted_at_a_time(settings):
+    """Three tokens by rounds of 2 and more drafts, and by rounds of none: the same, for 2,000 seeds in float64."""
+    texts, vocab, levels = 2000, VOCAB[2], tree(2)
+    seed = torch.arange(texts) * 31
+    made = []
+    for drafted in (0, 1, 2):
+        at, made_here = torch.zeros(texts, dtype=torch.int64), torch.zeros(texts, dtype=torch.int64)
+        while int(made_here.min()) < 3:
+            lengths = (2 - made_here).clamp(0, drafted)
+            place, drafts, base_rows, memory_rows = at, [], [], []
+            for i in range(drafted + 1):
+                level = (made_here + i).clamp(max=2)
+                rows = [
+                    torch.stack(
+                        [
+                            levels[n][side][p % len(levels[n][side])]
+                            for n, p in zip(level.tolist(), place.tolist(), strict=True)
+                        ]
+                    )
+                    for side in (0, 1)
+                ]
+                base_rows.append(rows[0])
+                memory_rows.append(rows[1])
+                if i < drafted:
+                    offset = made_here + i
+                    drafts.append(ops.interpolate_sample(rows[1], rows[1], 1.0, seed=seed, offset=offset, **settings))
+                    place = place * vocab + drafts[-1]
+            drafts = torch.stack(drafts, 1) if drafts else torch.zeros(texts, 0, dtype=torch.int64)
+            n, token = ops.verify_draft(
+                torch.stack(base_rows, 1),
+                torch.stack(memory_rows, 1),
+                drafts,
+                0.5,
+                draft_lengths=lengths,
+                seed=seed,
+                offset=made_here,
+                **settings,
+            )
+            open_rows = made_here < 3
+            for i in range(drafted):
+                at = torch.where(open_rows & (i < n), at * vocab + drafts[:, i], at)
+            at = torch.where(open_rows, at * vocab + token, at)
+            made_here = torch.where(open_rows, made_here + n + 1, made_here)
+        made.append(at)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def test_acceptance_is_what_the_formula_says():
+    """a = α + (1−α)·Σ min(p_mem, p_base), over 100,000 texts; 6 standard deviations, a false alarm in 5·10⁸ runs."""
+    texts, alpha = 100_000, 0.4
+    base, memory = (1.5 * torch.randn(2, 30, generator=torch.Generator().manual_seed(3))).unbind()
+    seed = torch.arange(texts)
+    expand = lambda x: x.expand(texts, 2, -1)  # noqa: E731
+    draft = ops.interpolate_sample(expand(memory)[:, 0], expand(memory)[:, 0], 1.0, seed=seed)[:, None]
+    n = ops.verify_draft(expand(base), expand(memory), draft, alpha, seed=seed).num_accepted
+    overlap = torch.minimum(base.softmax(0), memory.softmax(0)).sum()
+    a = float(alpha + (1 - alpha) * overlap)
+    assert abs(float(n.double().mean()) - a) < 6 * math.sqrt(a * (1 - a) / texts)
+
+
+# ----------------------------------------------------------------------------------------------- the reference's tokens
+
+
+def case(texts, gamma, vocab, dtype, seed=0):
+    """Logits, and drafts drawn from the memory."""
+    generator = torch.Generator().manual_seed(seed)
+    base, memory = (
+        (3 * torch.randn(texts, gamma + 1, vocab, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)
+    )
+    memory = (0.5 * base.double() + 0.8 * memory.double()).to(dtype)
+    drafts = (
+        torch.distributions.Categorical(logits=memory[:, :-1].double()).sample() if gamma else torch.zeros(texts, 0)
+    )
+    return base, memory, drafts.long()
+
+
+@warpers
+@pytest.mark.parametrize(("texts", "gamma", "vocab"), [(40, 3, 7), (12, 2, 5000), (2, 4, 50257), (5, 0, 60)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_reference_s_tokens(simd, dtype, texts, gamma, vocab, settings):
+    """As the reference in float64, but for scores within rounding of each other: one text may differ."""
+    torch.manual_seed(5)
+    base, memory, drafts = case(texts, gamma, vocab, dtype)
+    for alpha in (0.0, 0.4, torch.rand(texts, gamma + 1).double(), 1.0):
+        arguments = {"seed": 2**63 + 11, "offset": torch.arange(texts) * 2**33, **settings}
+        wanted = reference.verify_draft(base.double(), memory.double(), drafts, alpha, **arguments)
+        got = ops.verify_draft(base, memory, drafts, alpha, **arguments)
+        different = (got.num_accepted != wanted.num_accepted) | (got.next_token != wanted.next_token)
+        assert int(different.sum()) <= (0 if dtype == torch.float64 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_greedy(simd, dtype):
+    """Drafts stand as far as they are the mixture's likeliest tokens, and so is what follows."""
+    base, memory, drafts = case(40, 4, 300, dtype)
+    alpha = torch.rand(40, 5)
+    likeliest = ops.interpolate_argmax(base, memory, alpha)
+    for text in range(40):
+        drafts[text, : text % 5] = likeliest[text, : text % 5]
+    got = ops.verify_draft(base, memory, drafts, alpha, greedy=True, seed=0)
+    wanted = (drafts == likeliest[:, :-1]).long().cumprod(1).sum(1)
+    assert torch.equal(got.num_accepted, wanted)
+    assert torch.equal(got.next_token, likeliest.gather(1, wanted[:, None])[:, 0])
+    expected = reference.verify_draft(base.double(), memory.double(), drafts, alpha, greedy=True, seed=0)
+    assert torch.equal(expected.num_accepted, got.num_accepted) and torch.equal(expected.next_token, got.next_token)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"top_p": 0.9}, {"greedy": True}])
+def test_a_text_in_a_batch_as_alone_on_any_number_of_threads(settings):
+    """Per-text lengths, seeds and offsets; what lies behind a length is not looked at, whatever it is."""
+    torch.manual_seed(2)
+    base, memory, drafts = case(9, 4, 20000, torch.float32)
+    lengths = torch.tensor([0, 1, 2, 3, 4, 4, 3, 2, 1])
+    drafts[torch.arange(4)[None] >= lengths[:, None]] = -7
+    seeds, offsets = torch.randint(-(2**63), 2**63 - 1, (9,)), torch.randint(-(2**63), 2**63 - 9, (9,))
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        results.append(
+            ops.verify_draft(base, memory, drafts, 0.6, draft_lengths=lengths, seed=seeds, offset=offsets, **settings)
+        )
+    torch.set_num_threads(2)
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+    for i in range(9):
+        n = int(lengths[i])
+        alone = ops.verify_draft(
+            base[i : i + 1, : n + 1],
+            memory[i : i + 1, : n + 1],
+            drafts[i : i + 1, :n],
+            0.6,
+            seed=int(seeds[i]),
+            offset=int(offsets[i]),
+            **settings,
+        )
+        assert (int(alone.num_accepted), int(alone.next_token)) == tuple(int(x[i]) for x in results[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ the edges
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"min_p": 0.01}, {"greedy": True}])
+@pytest.mark.parametrize("fill", [NAN, INF, -INF])
+def test_broken_rows(simd, fill, settings):
+    """A row that cannot be drawn from ends the round with −1 where it is in use; at α of 0 or 1 the other may be so."""
+    base, memory, drafts = case(64, 2, 5000, torch.float32)
+    for alpha in (0.0, 0.5, 1.0):
+        for broken, unused in (("base", 1.0), ("memory", 0.0)):
+            rows = {"base": base.clone(), "memory": memory.clone()}
+            if fill == -INF:
+                rows[broken][:, 1] = fill
+            else:
+                rows[broken][:, 1, 4500] = fill
+            n, token = ops.verify_draft(rows["base"], rows["memory"], drafts, alpha, seed=1, **settings)
+            wanted = reference.verify_draft(
+                rows["base"].double(), rows["memory"].double(), drafts, alpha, seed=1, **settings
+            )
+            assert int((n != wanted.num_accepted).sum() + (token != wanted.next_token).sum()) <= 1
+            if alpha == unused:
+                assert (token >= 0).all()
+            elif not settings and alpha > 0:
+                assert (n[token < 0] == 1).all()
+            else:
+                assert ((token == -1) == (n == 1)).all()
+
+
+def test_equal_models_accept_everything(simd):
+    """No mass in the residual: α does not matter, every draft stands (to rounding: float32's ratio is exactly 1)."""
+    logits, _, drafts = case(200, 3, 700, torch.float32)
+    for settings in ({}, {"temperature": 0.7}, {"top_k": 9}):
+        drafts = torch.stack(
+            [ops.interpolate_sample(logits[:, i], logits[:, i], 1.0, seed=4, offset=i, **settings) for i in range(3)], 1
+        )
+        n, token = ops.verify_draft(logits, logits, drafts, 0.3, seed=4, **settings)
+        # The mixture of two equal rows is their softmax but for an ulp, which may cost one draft in 10⁶.
+        assert int((n < 3).sum()) <= 1 and (token >= 0).all()
+
+
+def test_a_common_offset_changes_nothing(simd):
+    """Logits in steps of 2⁻⁹ are exact at 1e4 ± 16 in float32, so the results must agree bit for bit."""
+    base, memory, drafts = case(30, 3, 5000, torch.float32)
+    base, memory = ((x * 512).round() / 512 for x in (base, memory))
+    for settings in ({}, {"temperature": 0.8}, {"top_k": 40}, {"greedy": True}):
+        plain = ops.verify_draft(base, memory, drafts, 0.4, seed=1, **settings)
+        moved = ops.verify_draft(base + 1e4, memory - 1e4, drafts, 0.4, seed=1, **settings)
+        assert all(torch.equal(x, y) for x, y in zip(plain, moved, strict=True))
+
+
+def test_any_layout():
+    """Slices of padded vocabularies and of longer windows: as from a contiguous copy."""
+    base, memory, drafts = case(6, 5, 1200, torch.bfloat16)
+    for cut in (lambda x: x[..., 1:1101], lambda x: x[:, 1:], lambda x: x[::2, ::2]):
+        b, m = cut(base), cut(memory)
+        d = drafts[: b.shape[0], : b.shape[1] - 1].clamp(max=1000).t().contiguous().t()
+        got = ops.verify_draft(b, m, d, 0.4, seed=1)
+        wanted = ops.verify_draft(b.contiguous(), m.contiguous(), d.contiguous(), 0.4, seed=1)
+        assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
+def test_nothing_to_do_and_one_token():
+    n, token = ops.verify_draft(torch.zeros(0, 3, 7), torch.zeros(0, 3, 7), torch.zeros(0, 2).long(), 0.5, seed=1)
+    assert n.shape == token.shape == (0,)
+    one = torch.zeros(2, 3, 1)
+    n, token = ops.verify_draft(one, one, torch.zeros(2, 2).long(), 0.5, seed=1)
+    assert n.tolist() == [2, 2] and token.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_registered(as_tensors):
+    """opcheck, and torch.compile gives what the direct call gives."""
+    base, memory, drafts = case(3, 2, 50, torch.float32)
+    alphas = torch.rand(3, 3) if as_tensors else None
+    lengths = torch.tensor([2, 1, 0]) if as_tensors else None
+    seeds = torch.arange(3) if as_tensors else None
+    arguments = (base, memory, drafts, 0.4, alphas, lengths, False, 0.9, 5, 1.0, 0.0, 3, seeds, 7, seeds)
+    torch.library.opcheck(torch.ops.memdec.verify_draft.default, arguments)
+
+    def call(b, m):
+        return ops.verify_draft(b, m, drafts, 0.4, seed=3, top_k=5)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(base, memory)
+    assert all(torch.equal(x, y) for x, y in zip(call(base, memory), compiled, strict=True))
+
+
+def test_arguments_that_cannot_be():
+    base, memory, drafts = case(2, 3, 5, torch.float32)
+    good = {"base_logits": base, "memory_logits": memory, "draft_ids": drafts, "alpha": 0.4, "seed": 1}
+    for change, error, message in (
+        ({"base_logits": base[0]}, ValueError, r"memory_logits: got shape \(2, 4, 5\), wanted \(4, 5\)"),
+        (
+            {"base_logits": base[0], "memory_logits": memory[0]},
+            ValueError,
+            r"base_logits: got shape \(4, 5\), wanted \(B, γ\+1, V\)",
+        ),
+        ({"draft_ids": drafts[:, :2]}, ValueError, r"draft_ids: got shape \(2, 2\), wanted \(2, 3\)"),
+        ({"draft_ids": drafts.float()}, TypeError, r"draft_ids: got torch\.float32"),
+        ({"draft_ids": drafts * 0 + 5}, ValueError, "draft_ids holds 5 at position 0, wanted an index from 0 to 4"),
+        ({"draft_ids": drafts * 0 - 1}, ValueError, "draft_ids holds -1 at position 0"),
+        ({"draft_lengths": torch.tensor([3, 4])}, ValueError, "draft_lengths holds 4 at position 1, wanted"),
+        ({"draft_lengths": torch.tensor([3])}, ValueError, r"draft_lengths: got shape \(1,\), wanted \(2,\)"),
+        ({"alpha": 1.5}, ValueError, "alpha: got 1.5, wanted 0 to 1"),
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
+        ({"top_k": -1}, ValueError, "top_k: got -1"),
+        ({"top_p": 2.0}, ValueError, "top_p: got 2.0"),
+        ({"seed": torch.zeros(3).long()}, ValueError, r"seed: got shape \(3,\), wanted \(2,\)"),
+        ({"offset": 0.5}, TypeError, "offset: got float"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.verify_draft(**{**good, **change})
