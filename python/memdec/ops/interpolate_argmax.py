@@ -26,7 +26,8 @@ def interpolate_argmax(
 
     Returns:
         (…,) int64: the lowest id of equals, as torch.argmax; −1 where a used component's row holds a NaN, a +inf, or
-        nothing but −inf, and on CUDA where a tensor's α is outside [0, 1]. Probabilities are compared in float32 (float64 for float64 logits).
+        nothing but −inf, and on CUDA where a tensor's α is outside [0, 1]. Probabilities are compared in float32
+        (float64 for float64 logits).
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above, or ``alpha`` is no number.
