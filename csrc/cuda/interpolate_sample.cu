@@ -15,7 +15,8 @@
 // fixed point: whatever order tokens are listed and added in, the sums have the same bits.
 //
 // Traffic: coin: each logit of one tensor once. Temperature: each logit of both twice. Cuts: each logit of both twice, V scores
-// written and read in the second-level cache, and the list of candidates eight times for each of top_k and top_p.
+// written and read in the second-level cache, and the list of candidates eight times for each of top_k and top_p; up to 128 rows
+// have 8 bytes a token in the workspace.
 #include "core/noise.h"
 #include "cuda/mixture.cuh"
 
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(warp_size) pick_winners(InterpolateSample op, 
 
 constexpr int row_threads = 512;
 constexpr uint32_t span_columns_u32 = span_columns;
-constexpr int64_t rows_at_once = 128;  // that have scores in the workspace, 8 bytes a token
+constexpr int64_t rows_at_once = 128;  // that have scores in the workspace: about a block a multiprocessor
 
 // Of the rows that are at work, row by row. A token is named by its place: scores are stored as the shares that they were
 // computed in, value i of all threads of a span one after the other.
@@ -422,7 +423,7 @@ Status interpolate_sample(const InterpolateSample& op, const Launch& where) {
     Parts parts(where.workspace);
     const Scratch scratch = scratch_of(op, parts);
     const int64_t blocks = rows.count * spans_of(rows.columns);
-    if (scratch.states) launch(reduce_spans<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, 0, scratch.states);
+    if (scratch.states) launch(reduce_spans<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, scratch.states);
     if (has_cuts(op)) {
       draw_warped<T>(op, scratch, stream);
       return;

@@ -53,8 +53,8 @@ __device__ inline void reduce_span(const Mixture& mixture, int64_t i, Softmax<fl
 }
 
 template <class T>
-__global__ void __launch_bounds__(block_threads) reduce_spans(Mixture mixture, int64_t first, Softmax<float>* states) {
-  reduce_span<T>(mixture, first + blockIdx.x, states);
+__global__ void __launch_bounds__(block_threads) reduce_spans(Mixture mixture, Softmax<float>* states) {
+  reduce_span<T>(mixture, blockIdx.x, states);
 }
 
 // Row r from what reduce_span left (state(i) is that of span and component number i), known to every thread of a block.
