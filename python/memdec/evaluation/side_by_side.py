@@ -97,16 +97,15 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-class RefuseNan:
-    """Among transformers' logits processors: raises ``MemdecError`` where the models give no probabilities."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if bool(scores.isnan().any()):
-            raise MemdecError(
-                "The models give no probabilities (NaN). The weights of one are damaged or its number type overflows: "
-                "check the models, or try --dtype float32."
-            )
-        return scores
+def refuse_nan(model: Any, inputs: dict[str, Any]) -> None:
+    """Raise ``MemdecError`` where the models give no probabilities: decoding would end at once, without a word."""
+    with torch.no_grad():
+        log_probs = model(**inputs, use_cache=False, logits_to_keep=1).logits
+    if bool(log_probs.isnan().any()):
+        raise MemdecError(
+            "The models give no probabilities (NaN). The weights of one are damaged or its number type overflows: "
+            "check the models, or try --dtype float32."
+        )
 
 
 def new_tokens_that_fit(model: Any, prompt_tokens: int, wanted: int) -> int:
@@ -145,7 +144,7 @@ def stream(
     heading: Callable[[str], object],
 ) -> None:
     """Write the continuation of ``prompt`` to standard output as it comes; first the base's, if ``side_by_side``."""
-    from transformers import LogitsProcessorList, TextStreamer
+    from transformers import TextStreamer
 
     from memdec import MemoryModel
     from memdec.pipeline.embed import default_device
@@ -154,11 +153,8 @@ def stream(
     tokenizer = model.tokenizer
     inputs: dict[str, Any] = encode(tokenizer, prompt, model.device)
     room = new_tokens_that_fit(model, inputs["input_ids"].shape[1], max_new_tokens)
-    options: dict[str, Any] = {
-        "max_new_tokens": room,
-        "do_sample": temperature > 0,
-        "logits_processor": LogitsProcessorList([RefuseNan()]),
-    }
+    refuse_nan(model, inputs)
+    options: dict[str, Any] = {"max_new_tokens": room, "do_sample": temperature > 0}
     if temperature > 0:
         options.update(temperature=temperature, top_p=top_p, top_k=top_k)
 
