@@ -68,6 +68,34 @@ def test_generate_streams_and_compares(memdec, fitted, tiny_model_dir, capsys, m
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_every_decoding_writes_the_same(memdec, fitted, tiny_model_dir, capsys):
+    common = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--max-new-tokens", "8", "The court"]
+    texts = []
+    for how in (["composite"], ["parallel"], ["speculative"], ["speculative", "--draft-tokens", "2"], ["auto"]):
+        assert memdec("generate", *common, "--dtype", "float32", "--decoding", *how) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+    assert memdec("generate", *common, "--draft-tokens", "2") == 1
+    assert "--draft-tokens goes with --decoding speculative" in capsys.readouterr().err
+
+
+def test_bench_decode_prints_a_table_and_writes_json(memdec, fitted, tiny_model_dir, text_dir, tmp_path, capsys):
+    out = tmp_path / "speed.json"
+    pair = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--text", str(text_dir / "doc00.txt")]
+    small = ["--samples", "2", "--prompt-tokens", "8", "--new-tokens", "8", "--repeats", "1", "--dtype", "float32"]
+    assert memdec("bench-decode", *pair, *small, "--draft-tokens", "1,3", "--out", str(out)) == 0
+    printed, content = capsys.readouterr().out, json.loads(out.read_text())
+    names = [timing["name"] for timing in content["timings"]]
+    assert {"base alone", "composite (transformers)", "parallel", "speculative, 1 drafts", "auto"} <= set(names)
+    assert all(name in printed for name in names) and "a round" in printed
+    timings = dict(zip(names, content["timings"], strict=True))
+    assert all(timing["seconds_per_token"] > 0 for timing in content["timings"] if not timing["note"])
+    assert timings["speculative, 3 drafts"]["predicted"] > 0 and content["verify"]["1"] == 1.0
+    assert 0 < timings["speculative, 3 drafts"]["acceptance"] <= 1
+    assert memdec("bench-decode", *pair, "--draft-tokens", "0") == 1
+    assert "--draft-tokens: got '0'" in capsys.readouterr().err
+
+
 def test_alpha_zero_is_the_base(memdec, fitted, tiny_model_dir, capsys):
     common = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--max-new-tokens", "8", "A tenant"]
     assert memdec("generate", *common, "--alpha", "0", "--side-by-side") == 0

@@ -131,8 +131,13 @@ def test_a_datastore_is_not_a_corpus_and_misfits_are_refused(tmp_path: Path) -> 
             DatastoreWriter(tmp_path, num_rows=ROWS, dim=DIM, document_starts=STARTS, fields=FIELDS),
         ):
             pass
+    # What has no rows yet is begun anew with other parameters; what has some is not.
+    with DatastoreWriter(
+        tmp_path, num_rows=ROWS, dim=DIM, document_starts=STARTS, fields={**FIELDS, "context": 16}
+    ) as writer:
+        writer.append(keys[:1], values[:1])
     with (
-        pytest.raises(MemdecError, match="context was 8, now 16"),
-        DatastoreWriter(tmp_path, num_rows=ROWS, dim=DIM, document_starts=STARTS, fields={**FIELDS, "context": 16}),
+        pytest.raises(MemdecError, match="context was 16, now 8"),
+        DatastoreWriter(tmp_path, num_rows=ROWS, dim=DIM, document_starts=STARTS, fields=FIELDS),
     ):
         pass

@@ -13,6 +13,7 @@ from memdec.cli.guard import guarded
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:
+    from memdec.decoding.bench import DecodeSpeed
     from memdec.evaluation.evaluate import EvaluationResult
 
 LEAST_TEMPERATURE = 0.001  # below, logits over it leave the range of float32
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command(short_help="Perplexity of base, kNN-LM, memory and mixture; report.")(evaluate)
     app.command(short_help="Continue a prompt with base + memory.")(generate)
+    app.command("bench-decode", short_help="How fast base + memory decodes, beside the base alone.")(bench_decode)
     app.command(short_help="The whole job on a real model and text, in minutes.")(demo)
 
 
@@ -127,6 +129,12 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 is all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random draws.")] = 0,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", help="Show also what the base alone writes.")] = False,
+    decoding: Annotated[
+        str, typer.Option(help="auto, speculative (the memory drafts), parallel, or composite (transformers' loop).")
+    ] = "auto",
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="So many drafts at a time; with --decoding speculative.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -140,6 +148,8 @@ def generate(
     """
     from memdec.evaluation.side_by_side import stream
 
+    if draft_tokens is not None and decoding != "speculative":
+        raise MemdecError(f"--draft-tokens goes with --decoding speculative; got --decoding {decoding}.")
     if alpha is not None and not 0 <= alpha <= 1:
         raise MemdecError(f"--alpha {alpha}: wanted a weight from 0 (the base alone) to 1 (the memory alone).")
     if not (temperature == 0 or temperature >= LEAST_TEMPERATURE):
@@ -162,6 +172,8 @@ def generate(
         side_by_side=side_by_side,
         dtype=dtype,
         device=device,
+        decoding=decoding,
+        draft_tokens=draft_tokens,
         heading=_heading,
     )
 
@@ -173,12 +185,65 @@ def _prompt_text(prompt: str) -> str:
         MemdecError: it is no UTF-8.
     """
     try:
-        if prompt == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        prompt.encode("utf-8")  # bytes that are none came in as lone surrogates
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode("utf-8")  # bytes that are none may have come in as lone surrogates
     except UnicodeError:
         raise MemdecError("The prompt is not UTF-8. Convert it, for example with iconv -t UTF-8.") from None
-    return prompt
+    return text
+
+
+@guarded()
+def bench_decode(
+    base: Base,
+    memory: Annotated[str, typer.Option(help="The memory's folder or hub id.")],
+    text: Annotated[Path, typer.Option(help="A text file of the domain, of which beginnings are continued.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the memory, 0 to 1; default: the memory's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="So many places of the text are continued.")] = 3,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 48,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens written each time.")] = 64,
+    draft_tokens: Annotated[str, typer.Option(help="Drafts at a time of the speculative runs.")] = "2,4",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way on each prompt.")] = 3,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
+) -> None:
+    """Time greedy decoding: the base alone, transformers' ways with the memory, and ours; seconds per token.
+
+    Beside each speculative run stands what the formula predicts of its acceptance and of the costs measured:
+    tokens a round over v(n) + n*c, n = drafts + 1. Assisted generation writes the base's text, not the mixture's.
+
+    \b
+    Examples:
+      memdec bench-decode --base model --memory run/memory --text held-out.txt
+      memdec bench-decode --base model --memory run/memory --text held-out.txt --draft-tokens 1,2,4,6 --out speed.json
+    """
+    import json
+
+    import torch
+
+    from memdec import MemoryModel
+    from memdec.decoding.bench import measure
+    from memdec.pipeline.embed import default_device
+    from memdec.stores.atomic import write_file
+
+    gammas = [int(part) for part in draft_tokens.split(",") if part.strip().isdigit() and int(part) > 0]
+    if not gammas:
+        raise MemdecError(f"--draft-tokens: got {draft_tokens!r}, wanted numbers from 1 with commas between, as 2,4.")
+    if not text.is_file():
+        raise MemdecError(f"--text: there is no file {text}.")
+    model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=device or default_device())
+    ids = torch.tensor(model.tokenizer(text.read_text("utf-8"), add_special_tokens=False)["input_ids"])
+    if len(ids) < prompt_tokens:
+        raise MemdecError(f"{text} has {len(ids)} tokens, fewer than one prompt of {prompt_tokens}.")
+    places = torch.linspace(0, len(ids) - prompt_tokens, samples).long().tolist()
+    prompts = [ids[None, at : at + prompt_tokens].to(model.device) for at in places]
+    speed = measure(model, prompts, new_tokens=new_tokens, draft_tokens=gammas, repeats=repeats, say=remark)
+    print_speed(speed)
+    if out is not None:
+        write_file(out, (json.dumps(speed.to_json(), indent=1) + "\n").encode())
+        typer.echo(f"Figures: {out}")
 
 
 @guarded(resumable=True)
@@ -224,6 +289,44 @@ def remark(line: str) -> None:
 
 def _heading(line: str) -> None:
     typer.secho(line, fg=typer.colors.CYAN, err=True)
+
+
+def print_speed(speed: DecodeSpeed) -> None:
+    """The table of bench-decode."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("ms/token", "vs base", "formula", "accepted", "a round"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def cell(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    for timing in speed.timings:
+        seconds = timing.seconds_per_token
+        table.add_row(
+            timing.name + (" *" if timing.text_of == "base" else ""),
+            cell(None if seconds is None else 1000 * seconds, ".2f"),
+            cell(timing.to_best_base, ".2f"),
+            cell(timing.predicted, ".2f"),
+            cell(timing.acceptance, ".2f"),
+            cell(timing.tokens_per_round, ".2f"),
+        )
+    console.print(table)
+    verify = ", ".join(f"{n}: {cost:.2f}" for n, cost in speed.verify.items())
+    lines = [
+        "* writes the base's text, the others the mixture's. vs base: over the best of the base alone.",
+        f"alpha = {speed.alpha:g}, c = {speed.cost_ratio:.2f} (a step of the memory over one of the base).",
+        f"v (a base forward of n tokens over one of one): {verify}.",
+        "formula: what it predicts over the base alone; it leaves out the prompt and our own overhead.",
+        *(f"{timing.name}: did not run: {timing.note}" for timing in speed.timings if timing.note),
+    ]
+    for line in lines:
+        console.print(line, style="dim", markup=False)
 
 
 WIDE_TERMINAL = 120  # columns of text that the whole table of an evaluation needs

@@ -141,6 +141,8 @@ def stream(
     side_by_side: bool,
     dtype: str,
     device: str | None,
+    decoding: str = "auto",
+    draft_tokens: int | None = None,
     heading: Callable[[str], object],
 ) -> None:
     """Write the continuation of ``prompt`` to standard output as it comes; first the base's, if ``side_by_side``."""
@@ -157,9 +159,10 @@ def stream(
     options: dict[str, Any] = {"max_new_tokens": room, "do_sample": temperature > 0}
     if temperature > 0:
         options.update(temperature=temperature, top_p=top_p, top_k=top_k)
+    options.update(decoding=decoding, draft_tokens=draft_tokens)
 
     def write() -> None:
-        torch.manual_seed(seed)  # the same draws for both
+        torch.manual_seed(seed)
         sys.stdout.write(prompt)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
