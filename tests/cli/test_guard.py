@@ -104,7 +104,8 @@ def test_every_command_teaches_by_example():
 
     commands = get_command(make_app()).commands
     assert set(commands) == {
-        "fit", "corpus", "datastore", "distributions", "train", "evaluate", "generate", "bench-decode", "info", "verify", "demo",
+        "fit", "corpus", "datastore", "distributions", "train", "evaluate", "generate",
+        "bench-decode", "info", "verify", "demo",
     }  # fmt: skip
     for name, command in commands.items():
         assert f"memdec {name}" in command.help, name
