@@ -66,7 +66,7 @@ function(memdec_add_cuda extension)
     set_target_properties(memdec_cuda PROPERTIES
       CUDA_ARCHITECTURES "${MEMDEC_CUDA_CODE}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
       CUDA_RUNTIME_LIBRARY Static)
-    # -v is what tests/cuda/check_build.py reads the registers and spills of each kernel from.
+    # -v is what tests/cuda/check_kernels.py reads the registers and spills of each kernel from.
     target_compile_options(memdec_cuda PRIVATE
       -Xcompiler=-Wall,-Wextra,-Wshadow -Wreorder --Werror=cross-execution-space-call --expt-relaxed-constexpr -Xptxas=-v)
     target_link_libraries(${extension} PRIVATE CUDA::cudart_static)

@@ -12,15 +12,21 @@ constexpr unsigned whole_warp = 0xffffffffu;
 __device__ inline int warp_of_thread() { return static_cast<int>(threadIdx.x) / warp_size; }
 __device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % warp_size; }
 
-// The value of the lane whose number differs in the bits of `bits`.
-template <class T>
-__device__ inline T from_lane_across(T value, int bits) {
+// shuffle(word) of each 4 bytes of a value: a shuffle moves no more.
+template <class T, class Shuffle>
+__device__ inline T shuffled(T value, const Shuffle& shuffle) {
   static_assert(sizeof(T) % sizeof(uint32_t) == 0, "a shuffle moves 4 bytes");
   uint32_t word[sizeof(T) / sizeof(uint32_t)];
   memcpy(word, &value, sizeof(T));
-  for (uint32_t& w : word) w = __shfl_xor_sync(whole_warp, w, bits);
+  for (uint32_t& w : word) w = shuffle(w);
   memcpy(&value, word, sizeof(T));
   return value;
+}
+
+// The value of the lane whose number differs in the bits of `bits`.
+template <class T>
+__device__ inline T from_lane_across(T value, int bits) {
+  return shuffled(value, [=](uint32_t word) { return __shfl_xor_sync(whole_warp, word, bits); });
 }
 
 // merge(a, b) of all lanes' values, lower lanes always on the left.

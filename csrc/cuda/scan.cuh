@@ -9,12 +9,7 @@ namespace {
 // The value of the lane `distance` below; for the lowest lanes their own.
 template <class T>
 __device__ inline T from_lane_below(T value, int distance) {
-  static_assert(sizeof(T) % sizeof(uint32_t) == 0, "a shuffle moves 4 bytes");
-  uint32_t word[sizeof(T) / sizeof(uint32_t)];
-  memcpy(word, &value, sizeof(T));
-  for (uint32_t& w : word) w = __shfl_up_sync(whole_warp, w, distance);
-  memcpy(&value, word, sizeof(T));
-  return value;
+  return shuffled(value, [=](uint32_t word) { return __shfl_up_sync(whole_warp, word, distance); });
 }
 
 // merge(a, b) of the values of this lane and all below it, lower lanes on the left.

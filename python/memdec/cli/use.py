@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 LEAST_TEMPERATURE = 0.001  # below, logits over it leave the range of float32
 
 Base = Annotated[str, typer.Option("--base", help="The base model: a folder, a hub id, or a .gguf file.")]
+Memory = Annotated[str, typer.Option(help="The memory's folder or hub id.")]
+Alpha = Annotated[float | None, typer.Option(help="Weight of the memory, 0 to 1; default: the memory's own.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: an accelerator if there is one.")]
 
@@ -116,11 +118,9 @@ def evaluate(
 @guarded()
 def generate(
     base: Base,
-    memory: Annotated[str, typer.Option(help="The memory's folder or hub id.")],
+    memory: Memory,
     prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from standard input.")],
-    alpha: Annotated[
-        float | None, typer.Option(help="Weight of the memory, 0 to 1; default: the memory's own.")
-    ] = None,
+    alpha: Alpha = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[
@@ -195,11 +195,9 @@ def _prompt_text(prompt: str) -> str:
 @guarded()
 def bench_decode(
     base: Base,
-    memory: Annotated[str, typer.Option(help="The memory's folder or hub id.")],
+    memory: Memory,
     text: Annotated[Path, typer.Option(help="A text file of the domain, of which beginnings are continued.")],
-    alpha: Annotated[
-        float | None, typer.Option(help="Weight of the memory, 0 to 1; default: the memory's own.")
-    ] = None,
+    alpha: Alpha = None,
     samples: Annotated[int, typer.Option(min=1, help="So many places of the text are continued.")] = 3,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 48,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens written each time.")] = 64,

@@ -71,6 +71,7 @@ class Corpus:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._splits: dict[str, TokenSplit] = {}  # those that were read and checked
 
     @classmethod
     def open(cls, folder: str | Path) -> Corpus:
@@ -100,6 +101,11 @@ class Corpus:
         """The split ``"train"``, ``"validation"`` or ``"test"``; a split may be empty."""
         if name not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
+        if name not in self._splits:
+            self._splits[name] = self._read_split(name)
+        return self._splits[name]
+
+    def _read_split(self, name: str) -> TokenSplit:
         path = self.folder / f"{name}.safetensors"
         arrays = map_tensors(path)
         if not {"tokens", "document_starts", "names"} <= arrays.keys():
