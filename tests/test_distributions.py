@@ -144,6 +144,14 @@ def test_methods_refuse_what_they_cannot_do():
     q = SparseDistributions(**GOOD)
     with pytest.raises(IndexError, match="rows: got 0 to 3, wanted 0 to 2"):
         q.select([0, 3])
+    for indptr in (int64(0, 2, 2, 4), int64(0, 3, 2, 3), int64(-1, 2, 2, 3)):
+        broken = SparseDistributions(**{**GOOD, "indptr": indptr})
+        with pytest.raises(ValueError, match="indptr: leaves the stored pairs in selected row"):
+            broken.select([0, 1, 2])
+        with pytest.raises(ValueError, match="indptr: "):
+            broken.to_dense()
+    with pytest.raises(ValueError, match="token_ids: is outside the vocabulary at pair 0"):
+        SparseDistributions(**{**GOOD, "token_ids": int32(-1, 4, 0)}).to_dense()
     with pytest.raises(ValueError, match="targets: got shape"):
         q.lookup(int64(1))
     with pytest.raises(ValueError, match="parts: got none"):

@@ -116,18 +116,8 @@ class SparseDistributions:
             ValueError: ``indptr`` does not rise from 0 to nnz; an id is outside the vocabulary, repeated or out of
                 order; a probability is negative or not finite; a row holds more than 1 (with its residual).
         """
-        indptr, token_ids, probs = self.indptr, self.token_ids, self.probs
-        if int(indptr[0]) != 0 or int(indptr[-1]) != self.nnz:
-            raise ValueError(
-                f"indptr: got first {int(indptr[0])} and last {int(indptr[-1])}, wanted 0 and nnz = {self.nnz}"
-            )
-        lengths = self.row_lengths()
-        _raise_at("indptr", lengths < 0, "falls after row", "wanted it never to fall")
-        _raise_at("token_ids", (token_ids < 0) | (token_ids >= self.vocab_size), "is outside the vocabulary at pair",
-                  f"wanted 0 to {self.vocab_size - 1}")  # fmt: skip
-        rows = self.row_ids()
-        unordered = (token_ids[1:] <= token_ids[:-1]) & (rows[1:] == rows[:-1])
-        _raise_at("token_ids", unordered, "is repeated or falls after pair", "wanted ascending, unique ids in a row")
+        self._validate_structure()
+        probs = self.probs
         _raise_at("probs", ~torch.isfinite(probs) | (probs < 0), "is negative or not finite at pair",
                   "wanted probabilities")  # fmt: skip
         mass = self.mass()
@@ -140,6 +130,21 @@ class SparseDistributions:
         )
         return self
 
+    def _validate_structure(self) -> None:
+        """The part of :meth:`validate` that says where a pair belongs."""
+        indptr, token_ids = self.indptr, self.token_ids
+        if int(indptr[0]) != 0 or int(indptr[-1]) != self.nnz:
+            raise ValueError(
+                f"indptr: got first {int(indptr[0])} and last {int(indptr[-1])}, wanted 0 and nnz = {self.nnz}"
+            )
+        lengths = self.row_lengths()
+        _raise_at("indptr", lengths < 0, "falls after row", "wanted it never to fall")
+        _raise_at("token_ids", (token_ids < 0) | (token_ids >= self.vocab_size), "is outside the vocabulary at pair",
+                  f"wanted 0 to {self.vocab_size - 1}")  # fmt: skip
+        rows = self.row_ids()
+        unordered = (token_ids[1:] <= token_ids[:-1]) & (rows[1:] == rows[:-1])
+        _raise_at("token_ids", unordered, "is repeated or falls after pair", "wanted ascending, unique ids in a row")
+
     def select(self, rows: Tensor | Sequence[int]) -> SparseDistributions:
         """The given rows, in the given order; a row may be asked for more than once.
 
@@ -148,15 +153,19 @@ class SparseDistributions:
 
         Raises:
             IndexError: a row number is out of range.
+            ValueError: a row that is asked for does not lie within the stored pairs.
         """
         rows = torch.as_tensor(rows, dtype=torch.int64, device=self.device).reshape(-1)
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.num_rows):
             raise IndexError(f"rows: got {int(rows.min())} to {int(rows.max())}, wanted 0 to {self.num_rows - 1}")
-        lengths = self.row_lengths()[rows]
+        begins, ends = self.indptr[rows], self.indptr[rows + 1]
+        lengths = ends - begins
+        _raise_at("indptr", (begins < 0) | (lengths < 0) | (ends > self.nnz), "leaves the stored pairs in selected row",
+                  f"wanted it to rise from 0 to nnz = {self.nnz}")  # fmt: skip
         indptr = torch.zeros(rows.numel() + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(lengths, 0, out=indptr[1:])
         # Pair j of the result is pair (j - its row's new start + its row's old start) of this one.
-        shift = torch.repeat_interleave(self.indptr[rows] - indptr[:-1], lengths)
+        shift = torch.repeat_interleave(begins - indptr[:-1], lengths)
         pairs = torch.arange(shift.numel(), device=self.device) + shift
         residual = None if self.residual is None else self.residual[rows]
         return SparseDistributions(indptr, self.token_ids[pairs], self.probs[pairs], self.vocab_size, residual)
@@ -178,7 +187,12 @@ class SparseDistributions:
         )
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The (N, V) matrix of probabilities; what was cut stays cut. For tests and small batches: N·V elements."""
+        """The (N, V) matrix of probabilities; what was cut stays cut. For tests and small batches: N·V elements.
+
+        Raises:
+            ValueError: ``indptr`` or ``token_ids`` are not as :meth:`validate` wants them.
+        """
+        self._validate_structure()
         dense = torch.zeros(self.num_rows, self.vocab_size, dtype=dtype, device=self.device)
         dense[self.row_ids(), self.token_ids.long()] = self.probs.to(dtype)
         return dense

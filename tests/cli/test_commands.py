@@ -92,8 +92,9 @@ def test_bench_decode_prints_a_table_and_writes_json(memdec, fitted, tiny_model_
     assert all(timing["seconds_per_token"] > 0 for timing in content["timings"] if not timing["note"])
     assert timings["speculative, 3 drafts"]["predicted"] > 0 and content["verify"]["1"] == 1.0
     assert 0 < timings["speculative, 3 drafts"]["acceptance"] <= 1
-    assert memdec("bench-decode", *pair, "--draft-tokens", "0") == 1
-    assert "--draft-tokens: got '0'" in capsys.readouterr().err
+    for wrong in ("0", "2,x", "2,,3", " "):
+        assert memdec("bench-decode", *pair, "--draft-tokens", wrong) == 1
+        assert f"--draft-tokens: got '{wrong}'" in capsys.readouterr().err
 
 
 def test_alpha_zero_is_the_base(memdec, fitted, tiny_model_dir, capsys):

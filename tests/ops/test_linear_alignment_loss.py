@@ -185,3 +185,12 @@ def test_wrong_shapes():
         ops.linear_alignment_loss(hidden, weight, labels, teacher, bias=bias[:3])
     with pytest.raises(ValueError, match="labels holds 50"):
         ops.linear_alignment_loss(hidden, weight, torch.full_like(labels, 50), teacher)
+
+
+@pytest.mark.parametrize("indptr", [[1, 2, 3], [0, 1, 2], [0, 2, 4]])
+def test_row_pointers_that_do_not_span_the_ids_are_refused(indptr):
+    """A chunk sees only its own rows: what is before the first or after the last would pass unseen."""
+    ids, probs = torch.tensor([0, 1, 2], dtype=torch.int32), torch.full((3,), 0.2)
+    teacher = SparseDistributions(torch.tensor(indptr), ids, probs, VOCAB)
+    with pytest.raises(ValueError, match=r"teacher\.indptr goes from"):
+        ops.linear_alignment_loss(torch.zeros(2, 4), torch.zeros(VOCAB, 4), torch.zeros(2, dtype=torch.long), teacher)

