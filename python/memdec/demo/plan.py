@@ -15,13 +15,13 @@ from typing import Any
 from memdec.errors import MemdecError
 from memdec.stores.atomic import make_folder, write_file
 
-MINUTES = 10.0  # what a run is planned to take: with the trial and three minutes of set-up, under a quarter of an hour
+MINUTES = 10.0  # what a run is planned to take; with the trial and the set-up before it, under a quarter of an hour
 MOST_TOKENS = 90_000
 LEAST_TOKENS = 20_000  # with less, the test split is a handful of documents and its figure means little
 TOKEN_STEP = 5_000
 SIZE_NAME = "demo.json"
-# What else a token costs, in forwards of the base. Training: forward, backward twice, the update of the weights; 4.8 was
-# measured without bfloat16 instructions, 3.7 with them. Evaluation: overlapping windows through base, memory and both.
+# What else a token costs, in forwards of the base. Training: forward, backward twice and the update of the weights:
+# 4.8 without bfloat16 instructions, 3.7 with them. Evaluation: overlapping windows through base, memory and both.
 TRAINING_FORWARDS = 4.8
 EVALUATION_FORWARDS = 11
 WRITING = 60.0  # seconds for the texts that base and mixture write, and for the report
