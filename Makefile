@@ -1,4 +1,4 @@
-# make demo | test | test-real | bench | lint | wheel | clean      (each makes .venv first, with constraints.txt, when there is none)
+# make demo | test | test-real | soak | bench | lint | wheel | clean   (each makes .venv first, with constraints.txt, when there is none)
 # make ext: only the extension, into python/memdec, for developers.
 # make test-cuda-host: the CUDA kernels run on the CPU, under sanitizers (needs no GPU and no nvcc).
 # make cuda-kernels: nvcc compiles every kernel for every architecture, and none spills registers (needs no GPU).
@@ -15,7 +15,7 @@ CONFIGURE := PATH="$(abspath $(BIN)):$$PATH" cmake -S . -G Ninja -DCMAKE_BUILD_T
 # Sources whose change means that the installed package is stale.
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.so' -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-real test-cuda-host cuda-kernels bench lint wheel clean ext
+.PHONY: demo test test-real soak test-cuda-host cuda-kernels bench lint wheel clean ext
 
 $(VENV)/torch.stamp: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,10 +55,13 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/memdec demo --out demo-run
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not real" -n 2 tests
+	$(BIN)/python -m pytest -m "not real and not soak" -n 2 tests
 
 test-real: $(VENV)/test.stamp $(VENV)/demo.stamp
 	$(BIN)/python -m pytest -m real tests
+
+soak: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m soak tests
 
 # AddressSanitizer must be the first library of the process that loads what it watches, with libstdc++ beside it for its
 # exceptions to be found; torch itself leaks at exit. What the sanitizers say goes to files, since pytest holds back the output

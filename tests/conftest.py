@@ -228,3 +228,15 @@ def smollm2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from memdec.demo import smollm2_folder
 
     return Path(smollm2_folder(tmp_path_factory.mktemp("smollm2")))
+
+
+@pytest.fixture(scope="session")
+def small_demo(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, dict[str, Path]]:
+    """The demo on 26k tokens, all of it: its folder, its evaluation, the files of that (`real` tests only)."""
+    from memdec.demo import run as demo_run
+
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_run, "smollm2_folder", lambda cache: smollm2_path)
+        result, paths = demo_run.run_demo(folder, max_tokens=26_000, say=lambda line: None)
+    return folder, result, paths

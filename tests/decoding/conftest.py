@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +12,10 @@ from memdec import MemoryModel
 
 
 @pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
+def one_thread(two_threads: None) -> Iterator[None]:
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)  # what other tests make once for all must not depend on which tests ran before
 
 
 @pytest.fixture(scope="session")

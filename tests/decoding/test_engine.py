@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from continuations import TOKENS, assert_same_texts, greedy, padded
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,22 +23,12 @@ HOW: dict[str, dict[str, Any]] = {
     "auto": {"decoding": "auto"},
 }
 how_to = pytest.mark.parametrize("how", HOW.values(), ids=HOW.keys())
-TOKENS = 24
 
 
 def prompts_of(count: int, seed: int = 0, longest: int = 12, vocab: int = 384) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths]
-
-
-def padded(prompts: list[list[int]]) -> dict[str, Tensor]:
-    """Left-padded ids and their mask; the padding is a real token, so that only the mask can hide it."""
-    length = max(map(len, prompts))
-    return {
-        "input_ids": torch.tensor([[5] * (length - len(p)) + p for p in prompts]),
-        "attention_mask": torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts]),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -50,29 +41,6 @@ def model(make_pair: Callable[..., MemoryModel], tiny_tokenizer: Any) -> MemoryM
 def strangers(make_pair: Callable[..., MemoryModel], tiny_tokenizer: Any) -> MemoryModel:
     """A llama and a gpt2 that agree on little."""
     return make_pair(tokenizer=tiny_tokenizer)
-
-
-def greedy(model: MemoryModel, inputs: dict[str, Tensor], tokens: int = TOKENS, **settings: Any) -> list[list[int]]:
-    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **settings)
-    return output[:, inputs["input_ids"].shape[1] :].tolist()
-
-
-def near_tie(model: MemoryModel, text: list[int], one: int, other: int) -> bool:
-    """Whether two tokens' probabilities after a text are within rounding of float32."""
-    with torch.no_grad():
-        log_p = model(torch.tensor([text])).logits[0, -1]
-    return abs(float(log_p[one] - log_p[other])) < 1e-4
-
-
-def assert_same_texts(model: MemoryModel, prompts: list[list[int]], got: list[Any], wanted: list[Any]) -> None:
-    """Token for token, but for what follows a near-tie; of these there may be one in a hundred texts."""
-    ties = 0
-    for prompt, ours, theirs in zip(prompts, got, wanted, strict=True):
-        if ours != theirs:
-            at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-            assert near_tie(model, prompt + ours[:at], ours[at], theirs[at]), (prompt, ours, theirs)
-            ties += 1
-    assert ties <= len(prompts) / 100
 
 
 @how_to

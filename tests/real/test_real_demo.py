@@ -28,13 +28,9 @@ def test_the_unpacked_model_is_plain_and_knows_its_language(smollm2_path):
 
 
 @pytest.mark.timeout(1800)  # minutes on a quiet machine, many more on a busy one
-def test_a_quarter_of_the_demo(smollm2_path, tmp_path, monkeypatch):
+def test_a_quarter_of_the_demo(small_demo):
     """On 26k tokens a memory takes at least a fifth off the perplexity of text it has not seen (the demo: more)."""
-    from memdec.demo import run as demo_run
-
-    monkeypatch.setattr(demo_run, "smollm2_folder", lambda cache: smollm2_path)
-    said: list[str] = []
-    result, paths = demo_run.run_demo(tmp_path / "run", max_tokens=26_000, say=said.append)
+    _, result, paths = small_demo
     base, knn, mixture = (result.measure(name) for name in ("base", "knn-lm", "base+memory"))
     assert 5 < base.perplexity < 40
     assert knn.perplexity < base.perplexity

@@ -204,6 +204,9 @@ def bench_decode(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens written each time.")] = 64,
     draft_tokens: Annotated[str, typer.Option(help="Drafts at a time of the speculative runs.")] = "2,4",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way on each prompt.")] = 3,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Time the base compiled as well; takes a minute or more.")
+    ] = True,
     dtype: Dtype = "auto",
     device: Device = None,
     out: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
@@ -238,7 +241,15 @@ def bench_decode(
         raise MemdecError(f"{text} has {len(ids)} tokens, fewer than one prompt of {prompt_tokens}.")
     places = torch.linspace(0, len(ids) - prompt_tokens, samples).long().tolist()
     prompts = [ids[None, at : at + prompt_tokens].to(model.device) for at in places]
-    speed = measure(model, prompts, new_tokens=new_tokens, draft_tokens=gammas, repeats=repeats, say=remark)
+    speed = measure(
+        model,
+        prompts,
+        new_tokens=new_tokens,
+        draft_tokens=gammas,
+        repeats=repeats,
+        compiled=compiled,
+        say=remark,
+    )
     print_speed(speed)
     if out is not None:
         write_file(out, (json.dumps(speed.to_json(), indent=1) + "\n").encode())

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers.generation.configuration_utils import CompileConfig
 
 from memdec.decoding.engine import Reader
+from memdec.decoding.packing import packed_linears
 from memdec.decoding.plan import speed_up
 
-BASE_RIVALS = ("base alone", "base alone, static")
+PACKED = "base alone, packed"  # the base as our engine runs it: see memdec.decoding.packing
+BASE_RIVALS = ("base alone", "base alone, static", "base alone, static and compiled", PACKED)
 
 
 @dataclass
@@ -51,8 +54,9 @@ class DecodeSpeed:
     Attributes:
         timings: one a way.
         alpha: weight of the memory.
-        cost_ratio: c, a step of the memory alone over one of the base alone, both as transformers' generate runs them.
-        verify: v(n) for n = 1, 2, …: a base forward of n tokens over one of one.
+        cost_ratio: c, a step of the memory alone over one of the base alone, both in transformers' generate, with
+            packed weights where these pay.
+        verify: v(n) for n = 1, 2, …: a base forward of n tokens over one of one, likewise.
         settings: prompts, tokens, repeats, dtype, device, threads, versions.
     """
 
@@ -75,6 +79,7 @@ def measure(
     new_tokens: int = 64,
     draft_tokens: Sequence[int] = (2, 4),
     repeats: int = 3,
+    compiled: bool = True,
     say: Callable[[str], object] = lambda line: None,
 ) -> DecodeSpeed:
     """Time every way on every prompt, `repeats` times in turn, after one run of each that is not counted.
@@ -85,14 +90,21 @@ def measure(
         new_tokens: tokens that each run makes, greedily; ends of text are not heeded.
         draft_tokens: γ of the speculative runs.
         repeats: runs of each way on each prompt.
+        compiled: whether to let the base alone be compiled as well; that takes a minute or more.
         say: is told what is being measured.
     """
     greedy: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
     base, memory = model.base, model.memory
+    static = {**greedy, "cache_implementation": "static"}
     ways: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
         "base alone": ("base", lambda ids: base.generate(ids, **greedy)),
-        "base alone, static": ("base", lambda ids: base.generate(ids, cache_implementation="static", **greedy)),
-        "memory alone": ("memory", lambda ids: memory.generate(ids, **greedy)),
+        "base alone, static": ("base", lambda ids: base.generate(ids, disable_compile=True, **static)),
+        "base alone, static and compiled": (
+            "base",
+            lambda ids: base.generate(ids, compile_config=_compile_anywhere(), **static),
+        ),
+        PACKED: ("base", lambda ids: _generate_packed(base, ids, greedy)),
+        "memory alone": ("memory", lambda ids: _generate_packed(memory, ids, greedy)),
         "assisted (transformers)": (
             "base",
             lambda ids: base.generate(ids, assistant_model=memory, **greedy),
@@ -106,6 +118,8 @@ def measure(
             lambda ids, n=gamma: model.generate(ids, decoding="speculative", draft_tokens=n, **greedy),  # type: ignore[misc]
         )
     ways["auto"] = ("mixture", lambda ids: model.generate(ids, decoding="auto", **greedy))
+    if not compiled:
+        del ways["base alone, static and compiled"]
 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     accepted: dict[str, list[Any]] = {name: [] for name in ways}
@@ -129,8 +143,10 @@ def measure(
 
     medians = {name: statistics.median(found) for name, found in seconds.items() if found}
     best = min(medians[name] for name in BASE_RIVALS if name in medians)
-    cost_ratio = medians["memory alone"] / medians["base alone"]
-    verify = verify_costs(model, prompts[0], max([1, *draft_tokens]) + 1)
+    cost_ratio = medians["memory alone"] / medians[PACKED]
+    with packed_linears(base):
+        verify = verify_costs(model, prompts[0], max([1, *draft_tokens]) + 1)
+    unit = medians[PACKED] / best  # of the formula, in runs of the best base
     timings = []
     for name, (text_of, _) in ways.items():
         if name == "memory alone":
@@ -146,10 +162,10 @@ def measure(
         if decodes:
             timing.tokens_per_round = sum(d.tokens for d in decodes) / sum(d.row_rounds for d in decodes)
         if name == "parallel":
-            timing.predicted = 1 + cost_ratio
+            timing.predicted = unit * (1 + cost_ratio)
         if name.startswith("speculative") and timing.acceptance is not None:
             gamma = int(name.split()[1])
-            timing.predicted = 1 / speed_up(timing.acceptance, gamma, verify[gamma + 1], cost_ratio)
+            timing.predicted = unit / speed_up(timing.acceptance, gamma, verify[gamma + 1], cost_ratio)
         timings.append(timing)
     return DecodeSpeed(
         timings,
@@ -169,6 +185,18 @@ def measure(
             "memory_parameters": memory.num_parameters(),
         },
     )
+
+
+def _generate_packed(model: Any, ids: Tensor, options: dict[str, Any]) -> Any:
+    with packed_linears(model):
+        return model.generate(ids, **options)
+
+
+def _compile_anywhere() -> Any:
+    """That generate compiles the forward pass, on the CPU as well, where it does not by itself."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return config
 
 
 def verify_costs(model: Any, prompt: Tensor, widest: int, repeats: int = 9) -> dict[int, float]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from memdec.decoding.engine import decode
+from memdec.decoding.packing import packed_linears
 from memdec.decoding.plan import FIRST_DRAFT, Estimates
 from memdec.decoding.support import warpers_of, why_not
 from memdec.errors import MemdecError
@@ -67,18 +68,19 @@ def run(
     known = estimates.setdefault(key, Estimates())
     fixed = {"parallel": 0, "speculative": request.draft_tokens or FIRST_DRAFT}
     pad = config._pad_token_tensor
-    return decode(
-        model,
-        input_ids,
-        inputs.get("attention_mask"),
-        criteria=criteria,
-        max_length=max_length,
-        pad_token=None if pad is None else int(pad),
-        warpers=warpers_of(processors) if config.do_sample else None,
-        draft_tokens=fixed.get(request.decoding, known),
-        estimates=known,
-        streamer=streamer,
-    )
+    with packed_linears(model.base, model.memory):
+        return decode(
+            model,
+            input_ids,
+            inputs.get("attention_mask"),
+            criteria=criteria,
+            max_length=max_length,
+            pad_token=None if pad is None else int(pad),
+            warpers=warpers_of(processors) if config.do_sample else None,
+            draft_tokens=fixed.get(request.decoding, known),
+            estimates=known,
+            streamer=streamer,
+        )
 
 
 def _short_memory(model: Any, max_length: int) -> str | None:
