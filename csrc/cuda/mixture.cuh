@@ -95,21 +95,31 @@ struct LogProb {
   }
 };
 
+// A logit of row r as LogProb takes it: −inf where the component has no weight, whose row is not read.
+template <class T>
+__device__ inline float logit_of(const Mixture& mixture, int64_t r, const MixtureRow& row, int component, int64_t column) {
+  return row.uses(component) ? widened(row_of<const T>(rows_of(mixture, component), r)[column]) : -INFINITY;
+}
+
+// The same of this thread's share of a span, −inf beyond the end of the row.
+template <class T>
+__device__ inline void logits_of_share(const Mixture& mixture, int64_t r, int64_t span, const MixtureRow& row, int component, int64_t lead,
+                                       float (&value)[share_size]) {
+  if (row.uses(component)) {
+    load_share(row_of<const T>(rows_of(mixture, component), r), mixture.base.columns, span, value, lead);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < share_size; ++i) value[i] = -INFINITY;
+}
+
 // log p_mix of this thread's share of a span of row r, −inf beyond the end of the row.
 template <class T>
 __device__ inline void log_probs_of_share(const Mixture& mixture, int64_t r, int64_t span, const MixtureRow& row, int64_t lead,
                                           float (&value)[share_size]) {
   float other[share_size];
-  const auto load = [&](int component, float (&to)[share_size]) {
-    if (row.uses(component)) {
-      load_share(row_of<const T>(rows_of(mixture, component), r), mixture.base.columns, span, to, lead);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < share_size; ++i) to[i] = -INFINITY;
-  };
-  load(base, value);
-  load(memory, other);
+  logits_of_share<T>(mixture, r, span, row, base, lead, value);
+  logits_of_share<T>(mixture, r, span, row, memory, lead, other);
   const LogProb log_prob(row);
 #pragma unroll
   for (int i = 0; i < share_size; ++i) value[i] = log_prob(value[i], other[i]);
