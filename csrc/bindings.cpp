@@ -105,23 +105,16 @@ void raise_unless_ok(const char* op, const Status& status) {
   }
 }
 
-[[noreturn]] void raise_not_ported(const char* op) {
-#if MEMDEC_HAS_CUDA
-  const std::string text = std::string(op) + ": has no CUDA kernel yet; move its tensors to the CPU with .cpu()";
-#else
-  const std::string text = std::string(op) + ": this build of memdec has no CUDA kernels; move its tensors to the CPU with .cpu()";
-#endif
-  PyErr_SetString(PyExc_NotImplementedError, text.c_str());
-  throw py::error_already_set();
-}
-
 // Runs one op with the GIL released. Returns 0, or the bytes of workspace that are wanted before it can run.
 template <class Op>
 int64_t run(const char* name, Status (*on_cpu)(const Op&, const Launch&), const Op& op, const Launch& launch) {
   Status (*function)(const Op&, const Launch&) = on_cpu;
   if (launch.device >= 0) {
     const memdec::cuda::Kernels<Op> kernels = memdec::cuda::kernels<Op>;
-    if (!kernels.run) raise_not_ported(name);
+    if (!kernels.run) {
+      PyErr_Format(PyExc_NotImplementedError, "%s: this build of memdec has no CUDA kernels; move its tensors to the CPU with .cpu()", name);
+      throw py::error_already_set();
+    }
     const int64_t wanted = kernels.workspace_bytes ? kernels.workspace_bytes(op) : 0;
     if (wanted > launch.workspace_bytes) return wanted;
     function = kernels.run;

@@ -13,7 +13,8 @@
 //     not depend on the thread count. On CUDA they depend neither on the other rows of a call nor on a row's alignment.
 //   - On the CPU, index arguments are checked before anything is written. On CUDA they cannot be (the host would have to wait
 //     for the device): a row whose label or target is out of range gets NaN, a teacher's entry out of range counts as NaN in
-//     its row's losses and is dropped from its gradient. On neither does an op read or write out of bounds.
+//     its row's losses and is dropped from its gradient, a draft or a draft's length out of range ends its round without a token.
+//     On neither does an op read or write out of bounds.
 //
 // Adding an op to the CPU backend: the struct and function here; csrc/cpu/<op>.cpp, which defines
 // memdec::MEMDEC_LEVEL::<op> and is listed in MEMDEC_CPU_OPS (CMakeLists.txt); one line in csrc/cpu/dispatch.cpp; a binding.
@@ -311,6 +312,8 @@ Status interpolate_sample(const InterpolateSample& op, const Launch& launch);
 int64_t workspace_bytes(const InterpolateSample& op);
 Status interpolate_sparse(const InterpolateSparse& op, const Launch& launch);
 int64_t workspace_bytes(const InterpolateSparse& op);
+Status verify_draft(const VerifyDraft& op, const Launch& launch);
+int64_t workspace_bytes(const VerifyDraft& op);
 }  // namespace cuda
 
 }  // namespace memdec

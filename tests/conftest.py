@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,6 @@ def run_kernels_on_the_host(build: Path) -> None:
                 del os.environ[name]
 
     launch.run = run
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """A test that meets an op without CUDA kernels is skipped."""
-    try:
-        return (yield)
-    except Exception as error:  # torch's checks of an operator wrap it in an error of their own
-        if "has no CUDA kernel yet" in str(error):
-            pytest.skip(str(error))
-        raise
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -69,8 +69,9 @@ fi
 
 if part sanitizers; then
   # A few tests of each kernel, at small shapes: slowed down a hundred times, the rest would take an hour.
-  small="$DEVICE and (edges or views or most_probable or absent or cuts_as or threshold or small_temperature)"
-  files=(tests/ops/test_{token_log_prob,aggregate_neighbors,alignment_loss,interpolate_argmax,interpolate_sample}.py
+  small="$DEVICE and (edges or views or most_probable or absent or cuts_as or threshold or small_temperature or outside_0_to_1
+    or cannot_check or without_mass)"
+  files=(tests/ops/test_{token_log_prob,aggregate_neighbors,alignment_loss,interpolate_argmax,interpolate_sample,verify_draft}.py
     tests/pipeline/test_search.py)
   for tool in memcheck racecheck; do
     if [ $REHEARSE = yes ]; then

@@ -1,4 +1,4 @@
-// Which ops have CUDA kernels: one line an op. An op without a line raises NotImplementedError for tensors on the device.
+// The CUDA kernels of each op: one line an op. A build without CUDA has none, and raises NotImplementedError for tensors on the device.
 #pragma once
 
 #include "memdec.h"
@@ -41,6 +41,8 @@ template <>
 inline constexpr Kernels<InterpolateSample> kernels<InterpolateSample>{interpolate_sample, workspace_bytes};
 template <>
 inline constexpr Kernels<InterpolateSparse> kernels<InterpolateSparse>{interpolate_sparse, workspace_bytes};
+template <>
+inline constexpr Kernels<VerifyDraft> kernels<VerifyDraft>{verify_draft, workspace_bytes};
 #endif
 
 }  // namespace memdec::cuda

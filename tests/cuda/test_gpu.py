@@ -38,12 +38,21 @@ NAMES = [
     "interpolate_sample, warped",
     "interpolate_sparse",
     "alignment_loss",
+    "verify_draft",
+    "verify_draft, warped",
+    "verify_draft, greedy",
 ]
 
 
 def op_named(name: str, device: str = "cuda"):
     """A function of two logit tensors; what else it needs is on their device already."""
     labels, q = LABELS.to(device), teacher(device)
+    drafts = (LABELS * 3).reshape(2, 3)[:, :2].to(device)
+
+    def verify(a, b, **settings):
+        two = (x.reshape(2, 3, VOCAB) for x in (a, b))
+        return torch.stack(ops.verify_draft(*two, drafts, 0.3, seed=5, **settings))
+
     return {
         "token_log_prob": lambda a, b: ops.token_log_prob(a, labels),
         "interpolate": lambda a, b: ops.interpolate(a, b, 0.3),
@@ -53,6 +62,9 @@ def op_named(name: str, device: str = "cuda"):
         "interpolate_sample, warped": lambda a, b: ops.interpolate_sample(a, b, 0.3, seed=5, top_k=50, top_p=0.9),
         "interpolate_sparse": lambda a, b: ops.interpolate_sparse(a, q, 0.3),
         "alignment_loss": lambda a, b: ops.alignment_loss(a, labels, q).total,
+        "verify_draft": verify,
+        "verify_draft, warped": lambda a, b: verify(a, b, temperature=0.9, top_k=50, top_p=0.9),
+        "verify_draft, greedy": lambda a, b: verify(a, b, greedy=True),
     }[name]
 
 
@@ -118,6 +130,39 @@ def test_a_replayed_sampler_draws_anew_and_in_the_right_proportions():
     statistic = ((counts - expected) ** 2 / expected).sum()
     tail = 1 - torch.special.gammainc(torch.tensor((vocab - 1) / 2, dtype=torch.float64), statistic / 2)
     assert tail > 1e-6, (counts, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"top_k": 9, "top_p": 0.9}], ids=str)
+def test_a_replayed_round_drafts_and_verifies_anew(settings):
+    """A captured round, drafts and verification, at a counter on the device: each replay is the eager round there."""
+    texts, gamma, vocab = 64, 3, 200
+    base, memory = draws(texts, gamma + 1, vocab), draws(texts, gamma + 1, vocab, seed=1)
+    memory = 0.7 * base + 0.3 * memory
+    seeds = torch.arange(texts, device="cuda") * 7919
+
+    def round_at(offset):
+        rows = [memory[:, i].contiguous() for i in range(gamma)]
+        drafts = [
+            ops.interpolate_sample(row, row, 1.0, seed=seeds, offset=offset + i, **settings)
+            for i, row in enumerate(rows)
+        ]
+        return ops.verify_draft(base, memory, torch.stack(drafts, 1), 0.4, seed=seeds, offset=offset, **settings)
+
+    offset = torch.tensor(100, device="cuda")
+    round_at(offset)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        offset.add_(gamma + 1)
+        captured = round_at(offset)
+    rounds = []
+    for replay in range(1, 5):
+        graph.replay()
+        wanted = round_at(100 + replay * (gamma + 1))
+        assert all(torch.equal(x, y) for x, y in zip(captured, wanted, strict=True))
+        rounds.append(captured.next_token.tolist())
+    assert len({tuple(tokens) for tokens in rounds}) == len(rounds)
+    assert 0 < int(captured.num_accepted.sum()) < texts * gamma
 
 
 def test_work_is_queued_on_the_caller_s_stream():

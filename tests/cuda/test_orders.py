@@ -79,6 +79,18 @@ def sample(vocab: int = 16401, **settings: float) -> list[torch.Tensor]:
     ]
 
 
+def verified(vocab: int = 16401, models: int = 4, **settings: float) -> list[torch.Tensor]:
+    """Drafts of which some stand and some fall; models that are equal, with drafts that neither can give; flat rows."""
+    x, y = (z.reshape(3, 2, vocab) for z in pair(6, vocab))
+    equal = x.clone()
+    equal[..., 7] = -torch.inf
+    results = []
+    for base, memory in ((x, y), (equal, equal), (y, x), (x * 0, x * 0))[:models]:
+        for drafts in (memory[:, :1].argmax(-1), torch.full((3, 1), 7)):
+            results += ops.verify_draft(base, memory, drafts, 0.3, seed=5, **settings)
+    return results
+
+
 # name → what it computes, as a list of tensors; a row of 16401 is three spans, and few rows are split over blocks.
 CASES = {
     "token_log_prob": lambda: [ops.token_log_prob(logits(), TARGETS)],
@@ -102,6 +114,10 @@ CASES = {
     "interpolate_sample, top_p": lambda: sample(9000, top_p=0.9),
     "interpolate_sample, all": lambda: sample(9000, temperature=1.3, top_k=3000, top_p=0.8, min_p=0.01),
     "interpolate_sparse": lambda: sparse(17, 16401),
+    "verify_draft": lambda: verified(),
+    "verify_draft, temperature": lambda: verified(temperature=0.7),
+    "verify_draft, all": lambda: verified(9000, 2, temperature=1.3, top_k=300, top_p=0.8, min_p=0.01),
+    "verify_draft, greedy": lambda: verified(greedy=True),
 }
 
 

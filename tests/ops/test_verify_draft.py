@@ -9,13 +9,14 @@ in float64; the kernel's rounds, with drafts drawn as its documentation says, ar
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 
 import pytest
 import torch
 
-from memdec import ops
+from memdec import build_info, ops
 from memdec.ops import reference
 
 NAN, INF = math.nan, math.inf
@@ -30,6 +31,15 @@ WARPERS = {
 }
 warpers = pytest.mark.parametrize("settings", WARPERS.values(), ids=WARPERS.keys())
 VOCAB = {1: 9, 2: 6, 3: 4}  # of the tree, by γ
+ON_HOST = build_info()["cuda"] == "host"
+many_draws = pytest.mark.skipif(
+    ON_HOST, reason="so many draws take minutes there, and the tests below compare its tokens with the reference's"
+)
+
+
+def some(texts, on_host=6):
+    """How many texts: fewer where the CUDA kernels run on the CPU, which takes a thousand times as long."""
+    return min(texts, on_host) if ON_HOST else texts
 
 
 @functools.cache
@@ -118,12 +128,12 @@ def chi_square(counts, probs, z=4.7534):
     return float(((observed - expected) ** 2 / expected).sum()), limit
 
 
-def rounds(gamma, alpha, settings, texts, *, dtype=torch.float32, bonus_from_base=False):
+def rounds(gamma, alpha, settings, texts, *, dtype=torch.float32, device="cpu", bonus_from_base=False):
     """Counts (V^(γ+1),) of the sequences that `texts` rounds end with, drafted as documented."""
     vocab = VOCAB[gamma]
-    levels = [[x.to(dtype) for x in pair] for pair in tree(gamma)]
-    seed = torch.arange(texts) * 7919 + 3
-    at, drafts, base_rows, memory_rows = torch.zeros(texts, dtype=torch.int64), [], [], []
+    levels = [[x.to(device, dtype) for x in pair] for pair in tree(gamma)]
+    seed = torch.arange(texts, device=device) * 7919 + 3
+    at, drafts, base_rows, memory_rows = torch.zeros(texts, dtype=torch.int64, device=device), [], [], []
     for i, (base, memory) in enumerate(levels):
         base_rows.append(base[at])
         memory_rows.append(memory[at])
@@ -133,7 +143,8 @@ def rounds(gamma, alpha, settings, texts, *, dtype=torch.float32, bonus_from_bas
             at = at * vocab + draft
     drafts = torch.stack(drafts, 1)
     base_rows, memory_rows = torch.stack(base_rows, 1), torch.stack(memory_rows, 1)
-    n, token = ops.verify_draft(base_rows, memory_rows, drafts, alpha, seed=seed, offset=100, **settings)
+    verified = ops.verify_draft(base_rows, memory_rows, drafts, alpha, seed=seed, offset=100, **settings)
+    n, token, drafts, base_rows = (x.cpu() for x in (*verified, drafts, base_rows))
     generator = torch.Generator().manual_seed(1)
     if bonus_from_base:
         other = torch.multinomial(base_rows[:, gamma].softmax(-1), 1, generator=generator)[:, 0]
@@ -147,13 +158,14 @@ def rounds(gamma, alpha, settings, texts, *, dtype=torch.float32, bonus_from_bas
     return torch.bincount(at, minlength=vocab ** (gamma + 1))
 
 
+@many_draws
 @warpers
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("gamma", [1, 2, 3])
-def test_the_law_by_counting(gamma, alpha, settings):
+def test_the_law_by_counting(device, gamma, alpha, settings):
     """χ² of 40,000 rounds against the mixture's law; false alarm 10⁻⁶ a case, 10⁻⁴ in all 90."""
     wanted, _ = target_law(gamma, alpha, settings)
-    statistic, limit = chi_square(rounds(gamma, alpha, settings, 40_000), wanted)
+    statistic, limit = chi_square(rounds(gamma, alpha, settings, 40_000, device=device), wanted)
     assert statistic < limit
 
 
@@ -165,13 +177,17 @@ def test_counting_catches_a_bonus_from_the_base():
 
 
 @warpers
-def test_a_text_does_not_depend_on_how_much_is_drafted_at_a_time(settings):
-    """Three tokens by rounds of 2 and more drafts, and by rounds of none: the same, for 2,000 seeds in float64."""
-    texts, vocab, levels = 2000, VOCAB[2], tree(2)
-    seed = torch.arange(texts) * 31
+def test_a_text_does_not_depend_on_how_much_is_drafted_at_a_time(device, on_cuda, settings):
+    """Three tokens by rounds of 2 and more drafts, and by rounds of none: the same, for 2,000 seeds.
+
+    In float64 on the CPU. On CUDA a position has the same bits whatever stands beside it, so float32 will do.
+    """
+    texts, vocab = some(2000, on_host=8), VOCAB[2]
+    levels = [[x.to(device, torch.float32 if on_cuda else torch.float64) for x in pair] for pair in tree(2)]
+    seed = torch.arange(texts, device=device) * 31
     made = []
     for drafted in (0, 1, 2):
-        at, made_here = torch.zeros(texts, dtype=torch.int64), torch.zeros(texts, dtype=torch.int64)
+        at, made_here = (torch.zeros(texts, dtype=torch.int64, device=device) for _ in range(2))
         while int(made_here.min()) < 3:
             lengths = (2 - made_here).clamp(0, drafted)
             place, drafts, base_rows, memory_rows = at, [], [], []
@@ -192,7 +208,8 @@ def test_a_text_does_not_depend_on_how_much_is_drafted_at_a_time(settings):
                     offset = made_here + i
                     drafts.append(ops.interpolate_sample(rows[1], rows[1], 1.0, seed=seed, offset=offset, **settings))
                     place = place * vocab + drafts[-1]
-            drafts = torch.stack(drafts, 1) if drafts else torch.zeros(texts, 0, dtype=torch.int64)
+            none = torch.zeros(texts, 0, dtype=torch.int64, device=device)
+            drafts = torch.stack(drafts, 1) if drafts else none
             n, token = ops.verify_draft(
                 torch.stack(base_rows, 1),
                 torch.stack(memory_rows, 1),
@@ -212,11 +229,12 @@ def test_a_text_does_not_depend_on_how_much_is_drafted_at_a_time(settings):
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
-def test_acceptance_is_what_the_formula_says():
+@many_draws
+def test_acceptance_is_what_the_formula_says(device):
     """a = α + (1−α)·Σ min(p_mem, p_base), over 100,000 texts; 6 standard deviations, a false alarm in 5·10⁸ runs."""
     texts, alpha = 100_000, 0.4
-    base, memory = (1.5 * torch.randn(2, 30, generator=torch.Generator().manual_seed(3))).unbind()
-    seed = torch.arange(texts)
+    base, memory = (1.5 * torch.randn(2, 30, generator=torch.Generator().manual_seed(3))).to(device).unbind()
+    seed = torch.arange(texts, device=device)
     expand = lambda x: x.expand(texts, 2, -1)  # noqa: E731
     draft = ops.interpolate_sample(expand(memory)[:, 0], expand(memory)[:, 0], 1.0, seed=seed)[:, None]
     n = ops.verify_draft(expand(base), expand(memory), draft, alpha, seed=seed).num_accepted
@@ -228,39 +246,55 @@ def test_acceptance_is_what_the_formula_says():
 # ----------------------------------------------------------------------------------------------- the reference's tokens
 
 
-def case(texts, gamma, vocab, dtype, seed=0):
+def case(texts, gamma, vocab, dtype, seed=0, device="cpu"):
     """Logits, and drafts drawn from the memory."""
     generator = torch.Generator().manual_seed(seed)
     base, memory = (
         (3 * torch.randn(texts, gamma + 1, vocab, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)
     )
     memory = (0.5 * base.double() + 0.8 * memory.double()).to(dtype)
-    drafts = (
-        torch.distributions.Categorical(logits=memory[:, :-1].double()).sample() if gamma else torch.zeros(texts, 0)
-    )
-    return base, memory, drafts.long()
+    probs = memory[:, :-1].double().softmax(-1).reshape(-1, vocab)
+    drafts = torch.multinomial(probs, 1, generator=generator).reshape(texts, gamma)
+    return base.to(device), memory.to(device), drafts.to(device)
 
 
 @warpers
 @pytest.mark.parametrize(("texts", "gamma", "vocab"), [(40, 3, 7), (12, 2, 5000), (2, 4, 50257), (5, 0, 60)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_reference_s_tokens(simd, dtype, texts, gamma, vocab, settings):
+def test_the_reference_s_tokens(simd, device, dtype, texts, gamma, vocab, settings):
     """As the reference in float64, but for scores within rounding of each other: one text may differ."""
     torch.manual_seed(5)
-    base, memory, drafts = case(texts, gamma, vocab, dtype)
-    for alpha in (0.0, 0.4, torch.rand(texts, gamma + 1).double(), 1.0):
-        arguments = {"seed": 2**63 + 11, "offset": torch.arange(texts) * 2**33, **settings}
+    texts = some(texts)
+    base, memory, drafts = case(texts, gamma, vocab, dtype, device=device)
+    for alpha in (0.0, 0.4, torch.rand(texts, gamma + 1).double().to(device), 1.0):
+        arguments = {"seed": 2**63 + 11, "offset": torch.arange(texts, device=device) * 2**33, **settings}
         wanted = reference.verify_draft(base.double(), memory.double(), drafts, alpha, **arguments)
         got = ops.verify_draft(base, memory, drafts, alpha, **arguments)
         different = (got.num_accepted != wanted.num_accepted) | (got.next_token != wanted.next_token)
         assert int(different.sum()) <= (0 if dtype == torch.float64 else 1)
 
 
+@warpers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_at_every_border(simd, device, dtype, settings):
+    """Whole logits, some 8 values: k-th scores, nucleus borders and minima of both models fall on ties.
+
+    At α = 0 the mixture is the base, with ties as exact in float32 as in the reference's float64.
+    """
+    texts = some(60, on_host=24)
+    base, memory = ((x / 2).round().to(dtype) for x in case(texts, 1, 150, torch.float64, device=device, seed=2)[:2])
+    drafts = ops.interpolate_sample(memory[:, 0], memory[:, 0], 1.0, seed=9, **settings)[:, None]
+    wanted = reference.verify_draft(base.double(), memory.double(), drafts, 0.0, seed=9, **settings)
+    got = ops.verify_draft(base, memory, drafts, 0.0, seed=9, **settings)
+    different = (got.num_accepted != wanted.num_accepted) | (got.next_token != wanted.next_token)
+    assert int(different.sum()) <= (0 if dtype == torch.float64 else 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_greedy(simd, dtype):
+def test_greedy(simd, device, dtype):
     """Drafts stand as far as they are the mixture's likeliest tokens, and so is what follows."""
-    base, memory, drafts = case(40, 4, 300, dtype)
-    alpha = torch.rand(40, 5)
+    base, memory, drafts = case(40, 4, 300, dtype, device=device)
+    alpha = torch.rand(40, 5, device=device)
     likeliest = ops.interpolate_argmax(base, memory, alpha)
     for text in range(40):
         drafts[text, : text % 5] = likeliest[text, : text % 5]
@@ -273,15 +307,18 @@ def test_greedy(simd, dtype):
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"top_p": 0.9}, {"greedy": True}])
-def test_a_text_in_a_batch_as_alone_on_any_number_of_threads(settings):
+def test_a_text_in_a_batch_as_alone_on_any_number_of_threads(device, on_cuda, settings):
     """Per-text lengths, seeds and offsets; what lies behind a length is not looked at, whatever it is."""
     torch.manual_seed(2)
-    base, memory, drafts = case(9, 4, 20000, torch.float32)
-    lengths = torch.tensor([0, 1, 2, 3, 4, 4, 3, 2, 1])
-    drafts[torch.arange(4)[None] >= lengths[:, None]] = -7
-    seeds, offsets = torch.randint(-(2**63), 2**63 - 1, (9,)), torch.randint(-(2**63), 2**63 - 9, (9,))
+    base, memory, drafts = case(9, 4, 20000, torch.float32, device=device)
+    lengths = torch.tensor([0, 1, 2, 3, 4, 4, 3, 2, 1], device=device)
+    behind = torch.arange(5, device=device)[None] > lengths[:, None]
+    drafts[behind[:, 1:]] = -7
+    base[behind], memory[behind] = NAN, NAN
+    seeds = torch.randint(-(2**63), 2**63 - 1, (9,), device=device)
+    offsets = torch.randint(-(2**63), 2**63 - 9, (9,), device=device)
     results = []
-    for threads in (1, 2, 7):
+    for threads in (2,) if on_cuda else (1, 2, 7):
         torch.set_num_threads(threads)
         results.append(
             ops.verify_draft(base, memory, drafts, 0.6, draft_lengths=lengths, seed=seeds, offset=offsets, **settings)
@@ -307,9 +344,9 @@ def test_a_text_in_a_batch_as_alone_on_any_number_of_threads(settings):
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"min_p": 0.01}, {"greedy": True}])
 @pytest.mark.parametrize("fill", [NAN, INF, -INF])
-def test_broken_rows(simd, fill, settings):
+def test_broken_rows(simd, device, fill, settings):
     """A row that cannot be drawn from ends the round with −1 where it is in use; at α of 0 or 1 the other may be so."""
-    base, memory, drafts = case(64, 2, 5000, torch.float32)
+    base, memory, drafts = case(some(64, on_host=12), 2, 5000, torch.float32, device=device)
     for alpha in (0.0, 0.5, 1.0):
         for broken, unused in (("base", 1.0), ("memory", 0.0)):
             rows = {"base": base.clone(), "memory": memory.clone()}
@@ -330,9 +367,9 @@ def test_broken_rows(simd, fill, settings):
                 assert ((token == -1) == (n == 1)).all()
 
 
-def test_equal_models_accept_everything(simd):
+def test_equal_models_accept_everything(simd, device):
     """No mass in the residual: α does not matter, every draft stands (to rounding: float32's ratio is exactly 1)."""
-    logits, _, drafts = case(200, 3, 700, torch.float32)
+    logits, _, drafts = case(some(200), 3, 700, torch.float32, device=device)
     for settings in ({}, {"temperature": 0.7}, {"top_k": 9}):
         drafts = torch.stack(
             [ops.interpolate_sample(logits[:, i], logits[:, i], 1.0, seed=4, offset=i, **settings) for i in range(3)], 1
@@ -342,9 +379,46 @@ def test_equal_models_accept_everything(simd):
         assert int((n < 3).sum()) <= 1 and (token >= 0).all()
 
 
-def test_a_common_offset_changes_nothing(simd):
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.01}])
+def test_a_residual_without_mass(simd, device, settings):
+    """Equal models and a draft that neither can give, which falls: then the token is drawn from the mixture.
+
+    V = 20000 is three spans, and the draft of the second position falls.
+    """
+    base, _, drafts = case(some(12), 2, 20000, torch.float32, device=device)
+    base[:, 1, 5] = -INF
+    drafts[:, 0] = ops.interpolate_sample(base[:, 0], base[:, 0], 1.0, seed=6, **settings)
+    drafts[:, 1] = 5
+    wanted = reference.verify_draft(base.double(), base.double(), drafts, 0.3, seed=6, **settings)
+    got = ops.verify_draft(base, base, drafts, 0.3, seed=6, **settings)
+    assert int((got.num_accepted != wanted.num_accepted).sum() + (got.next_token != wanted.next_token).sum()) <= 1
+    if settings:
+        assert int((got.num_accepted == 1).sum()) >= len(drafts) - 1
+    assert (got.next_token != 5).all() and got.next_token.unique().numel() > 1
+
+
+def test_what_the_host_cannot_check_on_cuda(device, on_cuda):
+    """A draft, a length or an α out of range ends its text's round there, with −1; others have their tokens."""
+    if not on_cuda:
+        pytest.skip("the CPU raises: see test_arguments_that_cannot_be")
+    base, memory, drafts = case(7, 2, 9000, torch.float32, device=device)
+    memory = base.clone()  # every draft stands
+    lengths = torch.tensor([2, 2, 2, 2, -1, 3, 1], device=device)
+    alpha = torch.full((7, 3), 0.5, device=device)
+    drafts[0, 1], drafts[1, 0], drafts[6, 1] = 9000, -1, 2**62
+    alpha[2, 2], alpha[3, 0] = 1.5, NAN
+    for settings in ({}, {"temperature": 0.8}, {"min_p": 1e-9}, {"greedy": True}):
+        if settings == {"greedy": True}:
+            likeliest = base[:, :-1].argmax(-1)
+            drafts = torch.where((drafts >= 0) & (drafts < 9000), likeliest, drafts)
+        n, token = ops.verify_draft(base, memory, drafts, alpha, draft_lengths=lengths, seed=3, **settings)
+        assert n.tolist() == [1, 0, 2, 0, 0, 0, 1]
+        assert (token == -1).tolist() == [True] * 6 + [False] and 0 <= int(token[6]) < 9000
+
+
+def test_a_common_offset_changes_nothing(simd, device):
     """Logits in steps of 2⁻⁹ are exact at 1e4 ± 16 in float32, so the results must agree bit for bit."""
-    base, memory, drafts = case(30, 3, 5000, torch.float32)
+    base, memory, drafts = case(some(30), 3, 5000, torch.float32, device=device)
     base, memory = ((x * 512).round() / 512 for x in (base, memory))
     for settings in ({}, {"temperature": 0.8}, {"top_k": 40}, {"greedy": True}):
         plain = ops.verify_draft(base, memory, drafts, 0.4, seed=1, **settings)
@@ -352,32 +426,48 @@ def test_a_common_offset_changes_nothing(simd):
         assert all(torch.equal(x, y) for x, y in zip(plain, moved, strict=True))
 
 
-def test_any_layout():
-    """Slices of padded vocabularies and of longer windows: as from a contiguous copy."""
-    base, memory, drafts = case(6, 5, 1200, torch.bfloat16)
-    for cut in (lambda x: x[..., 1:1101], lambda x: x[:, 1:], lambda x: x[::2, ::2]):
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"top_k": 40}, {"greedy": True}])
+def test_any_layout(device, settings):
+    """Slices of padded vocabularies and of longer windows, each model's its own: as from a contiguous copy."""
+    base, memory, drafts = case(6, 5, 1200, torch.bfloat16, device=device)
+    cuts = (lambda x: x[..., 1:1101], lambda x: x[:, 1:], lambda x: x[::2, ::2], lambda x: x[:1].expand(4, -1, -1))
+    for cut in cuts:
         b, m = cut(base), cut(memory)
         d = drafts[: b.shape[0], : b.shape[1] - 1].clamp(max=1000).t().contiguous().t()
-        got = ops.verify_draft(b, m, d, 0.4, seed=1)
-        wanted = ops.verify_draft(b.contiguous(), m.contiguous(), d.contiguous(), 0.4, seed=1)
-        assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+        wanted = ops.verify_draft(b.contiguous(), m.contiguous(), d.contiguous(), 0.4, seed=1, **settings)
+        for rows in ((b, m), (b.contiguous(), m)):
+            got = ops.verify_draft(*rows, d, 0.4, seed=1, **settings)
+            assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
 
 
-def test_nothing_to_do_and_one_token():
-    n, token = ops.verify_draft(torch.zeros(0, 3, 7), torch.zeros(0, 3, 7), torch.zeros(0, 2).long(), 0.5, seed=1)
-    assert n.shape == token.shape == (0,)
-    one = torch.zeros(2, 3, 1)
-    n, token = ops.verify_draft(one, one, torch.zeros(2, 2).long(), 0.5, seed=1)
-    assert n.tolist() == [2, 2] and token.tolist() == [0, 0]
+def test_nothing_to_do_and_one_token(device):
+    empty, no_drafts = torch.zeros(0, 3, 7, device=device), torch.zeros(0, 2, dtype=torch.int64, device=device)
+    one, zeros = torch.zeros(2, 3, 1, device=device), torch.zeros(2, 2, dtype=torch.int64, device=device)
+    for settings in ({}, {"temperature": 0.8}, {"top_p": 0.9}, {"greedy": True}):
+        n, token = ops.verify_draft(empty, empty, no_drafts, 0.5, seed=1, **settings)
+        assert n.shape == token.shape == (0,)
+        n, token = ops.verify_draft(one, one, zeros, 0.5, seed=1, **settings)
+        assert n.tolist() == [2, 2] and token.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"top_k": 2}, {"greedy": True}])
+def test_more_positions_than_are_at_work_at_once(device, settings):
+    """The CUDA kernels keep the scores of 64 positions: 45 texts have 135, and one of 67 more than a text has warps."""
+    base, memory, drafts = case(some(45, on_host=23), 2, 9, torch.float32, device=device)
+    long = [x.reshape(1, -1, 9)[:, :67] for x in (base, memory)]
+    for b, m, d in ((base, memory, drafts), (*long, long[1][:, :-1].argmax(-1))):
+        wanted = reference.verify_draft(b.double(), m.double(), d, 0.6, seed=8, **settings)
+        got = ops.verify_draft(b, m, d, 0.6, seed=8, **settings)
+        assert int((got.num_accepted != wanted.num_accepted).sum() + (got.next_token != wanted.next_token).sum()) <= 1
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
-def test_registered(as_tensors):
+def test_registered(device, as_tensors):
     """opcheck, and torch.compile gives what the direct call gives."""
-    base, memory, drafts = case(3, 2, 50, torch.float32)
-    alphas = torch.rand(3, 3) if as_tensors else None
-    lengths = torch.tensor([2, 1, 0]) if as_tensors else None
-    seeds = torch.arange(3) if as_tensors else None
+    base, memory, drafts = case(3, 2, 50, torch.float32, device=device)
+    alphas = torch.rand(3, 3, device=device) if as_tensors else None
+    lengths = torch.tensor([2, 1, 0], device=device) if as_tensors else None
+    seeds = torch.arange(3, device=device) if as_tensors else None
     arguments = (base, memory, drafts, 0.4, alphas, lengths, False, 0.9, 5, 1.0, 0.0, 3, seeds, 7, seeds)
     torch.library.opcheck(torch.ops.memdec.verify_draft.default, arguments)
 
@@ -413,3 +503,19 @@ def test_arguments_that_cannot_be():
     ):
         with pytest.raises(error, match=message):
             ops.verify_draft(**{**good, **change})
+
+
+def test_debug_checks_values_as_the_cpu_does():
+    """What MEMDEC_DEBUG=1 adds on CUDA has the CPU kernel's verdict and words, on tensors of any device."""
+    base, memory, drafts = case(3, 3, 5, torch.float32)
+    check = importlib.import_module("memdec.ops.verify_draft")._check_values
+    lengths = torch.tensor([0, 2, 3])
+    behind = drafts.masked_fill(torch.arange(3) >= lengths[:, None], -9)
+    check(drafts, None, 5)
+    check(behind, lengths, 5)
+    for ids, given in ((drafts * 0 + 5, None), (behind, None), (drafts, lengths + 1), (drafts, lengths - 1)):
+        with pytest.raises(ValueError) as on_cpu:
+            ops.verify_draft(base, memory, ids, 0.4, draft_lengths=given, seed=1)
+        with pytest.raises(ValueError) as checked:
+            check(ids, given, 5)
+        assert str(on_cpu.value) == f"verify_draft: {checked.value}"

@@ -32,7 +32,7 @@ def run(op: Callable[..., int], device: torch.device, *arguments: Any) -> None:
 
     Raises:
         ValueError: an index that the CPU kernels found out of range.
-        NotImplementedError: the op has no CUDA kernel.
+        NotImplementedError: this build has no CUDA kernels.
         RuntimeError: CUDA's error, with the op's name.
     """
     if device.type == "cpu":

@@ -67,11 +67,14 @@ def verify_draft(
     Returns:
         ``VerifiedDraft(num_accepted, next_token)``, both (B,) int64. next_token is −1 where there is nothing to draw:
         the round ends at a position of which a row in use holds a NaN, a +inf or nothing but −inf. (Without warpers
-        only rows that were looked at count: a coin of probability α accepts a draft before.)
+        only rows that were looked at count: a coin of probability α accepts a draft before.) On CUDA it ends with −1,
+        too, at a draft or an α of a tensor that is out of range, and at once in a text whose length is. A seed gives
+        the same text on the CPU and on CUDA, but for scores within rounding of each other.
 
     Raises:
         TypeError: an argument of another type or dtype than above.
-        ValueError: shapes or devices that do not match, numbers out of range; on the CPU also draft ids and lengths.
+        ValueError: shapes or devices that do not match, numbers out of range; on the CPU, or with ``MEMDEC_DEBUG=1``,
+            also draft ids, lengths and a tensor's α.
 
     Example:
         >>> import torch
@@ -130,6 +133,8 @@ def _kernel(
     draft_ids = draft_ids.long().contiguous()
     if draft_lengths is not None:
         draft_lengths = draft_lengths.long().contiguous()
+    if checks.DEBUG and device.type == "cuda":
+        _check_values(draft_ids, draft_lengths, base_logits.shape[-1])
     accepted = torch.empty(texts, dtype=torch.int64, device=device)
     next_token = torch.empty(texts, dtype=torch.int64, device=device)
     if seeds is not None:
@@ -160,6 +165,15 @@ def _kernel(
         next_token.data_ptr(),
     )
     return accepted, next_token
+
+
+def _check_values(draft_ids: Tensor, draft_lengths: Tensor | None, vocab_size: int) -> None:
+    """What the CPU kernel checks, with its words. Waits for the device."""
+    if draft_lengths is not None:
+        checks.in_range("draft_lengths", draft_lengths, draft_ids.shape[1] + 1, None)
+        place = torch.arange(draft_ids.shape[1], device=draft_ids.device)
+        draft_ids = draft_ids.masked_fill(place >= draft_lengths[:, None], 0)  # is not looked at
+    checks.in_range("draft_ids", draft_ids, vocab_size, None)
 
 
 def _fake(base_logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
