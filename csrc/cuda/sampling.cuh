@@ -229,14 +229,16 @@ struct Border {
   uint64_t below;  // the sum of the weights of the keys below it
 };
 
+struct BorderSums {
+  static constexpr int digit_bits = 4, digits = 1 << digit_bits, passes = 32 / digit_bits;
+  unsigned long long of[passes][digits];
+};
+
 // item(i, use) calls use(key, weight) for item i of `count`. The sum of all weights exceeds the limit. Every thread must call it.
 template <class F>
 __device__ inline Border border_at(int64_t count, uint64_t limit, const F& item) {
-  constexpr int digit_bits = 4, digits = 1 << digit_bits, passes = 32 / digit_bits;
-  struct Sums {
-    unsigned long long of[passes][digits];
-  };
-  Sums& sums = shared<Sums>();
+  constexpr int digit_bits = BorderSums::digit_bits, digits = BorderSums::digits, passes = BorderSums::passes;
+  BorderSums& sums = shared<BorderSums>();
   __syncthreads();  // a border before this one may still be read
   if (threadIdx.x < passes * digits) sums.of[threadIdx.x / digits][threadIdx.x % digits] = 0;
   __syncthreads();

@@ -173,9 +173,9 @@ __global__ void __launch_bounds__(block_threads) measure(VerifyDraft op, Scratch
   }
 }
 
-// Temperature only: a block a span of a side of a row.
+// Temperature only: a block a span of a side of a row. (Here and below: bounds without the 1 give fewer registers, and spills.)
 template <class T>
-__global__ void __launch_bounds__(block_threads) scale(VerifyDraft op, Scratch scratch) {
+__global__ void __launch_bounds__(block_threads, 1) scale(VerifyDraft op, Scratch scratch) {
   const int64_t spans = spans_of(op.mixture.base.columns);
   const int64_t span = blockIdx.x / sides % spans, r = blockIdx.x / sides / spans;
   const int side = static_cast<int>(blockIdx.x % sides);
@@ -273,7 +273,7 @@ __device__ inline Ending verdict(const VerifyDraft& op, const Scratch& scratch, 
 
 // A block a text.
 template <class T>
-__global__ void __launch_bounds__(block_threads) settle(VerifyDraft op, Scratch scratch) {
+__global__ void __launch_bounds__(block_threads, 1) settle(VerifyDraft op, Scratch scratch) {
   const int64_t text = blockIdx.x;
   Ending ending;
   for (int64_t i = warp_of_thread(); i <= op.drafted && ending.position == INT64_MAX; i += block_threads / warp_size) {
@@ -336,7 +336,7 @@ __device__ inline Winner winner_of_rest(const VerifyDraft& op, const Scratch& sc
   });
 }
 
-// A block a span of a text. (Bounds without the 1 give fewer registers, and spills.)
+// A block a span of a text.
 template <class T>
 __global__ void __launch_bounds__(block_threads, 1) replace(VerifyDraft op, Scratch scratch) {
   const int64_t spans = spans_of(op.mixture.base.columns), text = blockIdx.x / spans;
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(block_threads, 1) replace(VerifyDraft op, Scra
 
 // A block a text.
 template <class T>
-__global__ void __launch_bounds__(block_threads) finish(VerifyDraft op, Scratch scratch) {
+__global__ void __launch_bounds__(block_threads, 1) finish(VerifyDraft op, Scratch scratch) {
   const int64_t spans = spans_of(op.mixture.base.columns), text = blockIdx.x;
   const Ending ending = scratch.endings[text];
   if (ending.rest == Rest::none) return;

@@ -397,6 +397,35 @@ def test_a_residual_without_mass(simd, device, settings):
     assert (got.next_token != 5).all() and got.next_token.unique().numel() > 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"min_p": 1e-6}])
+@pytest.mark.parametrize("first", ["base", "memory"])
+def test_a_residual_in_one_part_of_the_vocabulary(simd, device, first, settings):
+    """One model has the first 8192 tokens (a span), the other the last 40: what falls is replaced from the base."""
+    texts = some(100, on_host=24)
+    low, high, _ = case(texts, 1, 8232, torch.float32, device=device)
+    low[..., 8192:], high[..., :8192] = -INF, -INF
+    base, memory = (low, high) if first == "base" else (high, low)
+    drafts = ops.interpolate_sample(memory[:, 0], memory[:, 0], 1.0, seed=6, **settings)[:, None]
+    wanted = reference.verify_draft(base.double(), memory.double(), drafts, 0.5, seed=6, **settings)
+    got = ops.verify_draft(base, memory, drafts, 0.5, seed=6, **settings)
+    assert int((got.num_accepted != wanted.num_accepted).sum() + (got.next_token != wanted.next_token).sum()) <= 1
+    falls = got.num_accepted == 0
+    assert falls.any() and ((got.next_token[falls] < 8192) == (first == "base")).all()
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.5, 0.6, 0.7])
+def test_a_nucleus_that_ends_among_equals(simd, device, top_p):
+    """Of nine equal tokens top_p drops the first so many, odd or even; the draft, token 0, falls and is replaced."""
+    texts = some(60, on_host=20)
+    base = torch.zeros(texts, 2, 9, device=device)
+    memory, drafts = base.clone(), torch.zeros(texts, 1, dtype=torch.int64, device=device)
+    memory[..., 0] = 5
+    n, token = ops.verify_draft(base, memory, drafts, 0.0, seed=7, top_p=top_p)
+    wanted = reference.verify_draft(base.double(), memory.double(), drafts, 0.0, seed=7, top_p=top_p)
+    assert (n == 0).all() and torch.equal(token, wanted.next_token)
+    assert int(token.min()) == math.floor((1 - top_p) * 9 + 1e-9)
+
+
 def test_what_the_host_cannot_check_on_cuda(device, on_cuda):
     """A draft, a length or an α out of range ends its text's round there, with −1; others have their tokens."""
     if not on_cuda:
