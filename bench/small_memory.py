@@ -14,8 +14,7 @@ import argparse
 from pathlib import Path
 
 from memdec.demo.model import default_cache_dir, smollm2_folder
-from memdec.demo.run import CHARACTERS_PER_TOKEN, CONTEXT, FRACTIONS
-from memdec.demo.text import transformers_docstrings, write_documents
+from memdec.demo.run import CONTEXT, FRACTIONS, domain_text
 from memdec.modeling.tokenizers import load_tokenizer
 from memdec.pipeline.fit import fit
 from memdec.stores.atomic import write_file
@@ -32,10 +31,7 @@ def main() -> None:
     options = parser.parse_args()
 
     base = smollm2_folder(default_cache_dir())
-    text = options.out / "text"
-    if not text.exists():
-        text.mkdir(parents=True)
-        write_documents(transformers_docstrings(int(options.tokens * CHARACTERS_PER_TOKEN)), text)
+    text, _ = domain_text(options.out, options.tokens, print)
     fit(
         base,
         text,

@@ -10,7 +10,7 @@ import sys
 import pytest
 import typer
 
-from memdec.cli import guard
+from memdec.cli import guard, main
 from memdec.cli.app import hoist_global_options, make_app
 from memdec.errors import MemdecError
 
@@ -32,6 +32,16 @@ def run(error: BaseException | None, capsys, *, resumable: bool = False, debug: 
     finally:
         guard.SETTINGS.debug = False
     return status, capsys.readouterr().err
+
+
+def test_an_interrupt_before_any_command_has_begun(monkeypatch, capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memdec.cli.app.make_app", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["info", "."])
+    assert exit_.value.code == 130 and capsys.readouterr() == ("", "")
 
 
 def test_nothing_wrong_nothing_said(capsys):

@@ -35,7 +35,7 @@ def test_the_products_agree(rows: int, bias: bool) -> None:
         assert all("forward" in part.__dict__ for part in model)
         torch.testing.assert_close(outputs(model, x), before)
         assert outputs(model, x[0, 0]).shape == (33,)
-        torch.testing.assert_close(outputs(model, x[..., ::1].expand(2, -1, -1)), before.expand(2, -1, -1))
+        torch.testing.assert_close(outputs(model, x.expand(2, -1, -1)), before.expand(2, -1, -1))
     assert not any("forward" in part.__dict__ for part in model)
     assert torch.equal(outputs(model, x), before)
 
@@ -76,9 +76,31 @@ def test_an_error_inside_takes_the_packing_back() -> None:
     assert "forward" not in model.__dict__
 
 
-def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_decides_once_and_the_switch_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether packing pays is what the trial says; one that cannot run is a no, and MEMDEC_PACK=0 asks none."""
     monkeypatch.undo()
+    asked = []
+
+    def trial(weight: torch.Tensor) -> bool:
+        asked.append(weight.dtype)
+        if weight.dtype == torch.bfloat16:
+            raise RuntimeError("no such product")
+        return True
+
+    monkeypatch.setattr(packing, "_PAYS", {})
+    monkeypatch.setattr(packing, "_trial", trial)
     monkeypatch.setenv("MEMDEC_PACK", "0")
-    assert not packing.pays(torch.zeros(4, 4))
+    assert not packing.pays(torch.zeros(4, 4)) and not asked
     monkeypatch.delenv("MEMDEC_PACK")
-    assert packing.pays(torch.zeros(4096, 512)) in (True, False)  # a trial that cannot run is a no, not an error
+    for _ in range(2):
+        assert packing.pays(torch.zeros(4, 4))
+        assert not packing.pays(torch.zeros(4, 4, dtype=torch.bfloat16))
+    assert asked == [torch.float32, torch.bfloat16]
+
+
+def test_the_trial_runs_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what packing gains as the verdict: a gain that nothing reaches is a no, one that anything does a yes."""
+    monkeypatch.undo()
+    for gain, pays in ((0.0, False), (1e9, True)):
+        monkeypatch.setattr(packing, "GAIN", gain)
+        assert packing._trial(torch.ones(512, 64)) is pays

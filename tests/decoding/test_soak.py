@@ -44,8 +44,12 @@ class Watch(BaseStreamer):  # type: ignore[misc]
 
 @pytest.mark.parametrize("how", [{"decoding": "speculative", "draft_tokens": 4}, {"decoding": "auto"}], ids=str)
 def test_one_long_text(tiny_llama: Callable[..., Any], how: dict[str, Any]) -> None:
-    """10,000 tokens in one go: beyond the first thousand, memory grows by the caches' own bytes, and little else."""
-    base, memory = (tiny_llama(seed=seed, max_position_embeddings=16384, eos_token_id=None) for seed in (0, 1))
+    """10,000 tokens in one go: beyond the first thousand, memory grows by the caches' own bytes, and little else.
+
+    With 4096 tokens in the vocabulary, a row of logits kept for each token would be 147 MB, four times the limit.
+    """
+    shape = {"vocab": 4096, "max_position_embeddings": 16384, "eos_token_id": None}
+    base, memory = (tiny_llama(seed=seed, **shape) for seed in (0, 1))
     model = MemoryModel.from_pretrained(base, memory, alpha=0.5)
     watch = Watch()
     prompt = torch.tensor([[1, 2, 3]])

@@ -83,6 +83,14 @@ def pieces(q):
     return q.indptr, q.token_ids, q.probs, q.residual
 
 
+def test_more_tokens_than_there_are_is_all_of_them(device):
+    distances, tokens = torch.tensor([[0.0, 1.0, 2.0]], device=device), torch.tensor([[3, 1, 3]], device=device)
+    whole = ops.aggregate_neighbors(distances, tokens, temperature=1.0, vocab_size=5)
+    for most in (5, 6, 2**31, 2**63):
+        kept = ops.aggregate_neighbors(distances, tokens, temperature=1.0, vocab_size=5, max_tokens=most)
+        assert torch.equal(kept.to_dense(), whole.to_dense()) and kept.residual.item() == 0
+
+
 @pytest.mark.parametrize(
     "options", [{"min_prob": 0.004}, {"max_tokens": 7}, {"min_prob": 0.006, "max_tokens": 60}, {"max_tokens": 1}]
 )

@@ -19,7 +19,8 @@ from memdec.decoding.packing import packed_linears
 from memdec.decoding.plan import speed_up
 
 PACKED = "base alone, packed"  # the base as our engine runs it: see memdec.decoding.packing
-BASE_RIVALS = ("base alone", "base alone, static", "base alone, static and compiled", PACKED)
+COMPILED = "base alone, static and compiled"
+BASE_RIVALS = ("base alone", "base alone, static", COMPILED, PACKED)
 
 
 @dataclass
@@ -99,10 +100,7 @@ def measure(
     ways: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
         "base alone": ("base", lambda ids: base.generate(ids, **greedy)),
         "base alone, static": ("base", lambda ids: base.generate(ids, disable_compile=True, **static)),
-        "base alone, static and compiled": (
-            "base",
-            lambda ids: base.generate(ids, compile_config=_compile_anywhere(), **static),
-        ),
+        COMPILED: ("base", lambda ids: base.generate(ids, compile_config=_compile_anywhere(), **static)),
         PACKED: ("base", lambda ids: _generate_packed(base, ids, greedy)),
         "memory alone": ("memory", lambda ids: _generate_packed(memory, ids, greedy)),
         "assisted (transformers)": (
@@ -119,7 +117,7 @@ def measure(
         )
     ways["auto"] = ("mixture", lambda ids: model.generate(ids, decoding="auto", **greedy))
     if not compiled:
-        del ways["base alone, static and compiled"]
+        del ways[COMPILED]
 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     accepted: dict[str, list[Any]] = {name: [] for name in ways}

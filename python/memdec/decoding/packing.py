@@ -141,5 +141,5 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
+    flat = weight.reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE)]

@@ -94,7 +94,11 @@ def run_demo(
     size = max_tokens or recall_size(out) or tokens_within(MINUTES, speeds or measure_speeds(base), options)
     remember_size(out, size)
     if text is None:
-        source, remark = _domain_text(out, size, say)
+        say(
+            "2. The text: what the installed transformers documents about models of 2025 and later, newer than the "
+            "base."
+        )
+        source, remark = domain_text(out, size, say)
         notes += remark
     else:
         say(f"2. The text: {text}.")
@@ -135,10 +139,13 @@ def run_demo(
     return result, paths
 
 
-def _domain_text(out: Path, max_tokens: int, say: Callable[[str], object]) -> tuple[Path, list[str]]:
-    """Write the demo's documents to ``out``/text, unless they are there; the folder, and notes for the report."""
+def domain_text(out: Path, max_tokens: int, say: Callable[[str], object]) -> tuple[Path, list[str]]:
+    """Write the demo's documents to ``out``/text, unless they are there; the folder, and notes for the report.
+
+    Raises:
+        MemdecError: ``out`` cannot be written to.
+    """
     folder = out / "text"
-    say("2. The text: what the installed transformers documents about models of 2025 and later, newer than the base.")
     text = transformers_docstrings(int(max_tokens * CHARACTERS_PER_TOKEN))
     share = text.docstrings_dropped / max(text.docstrings_found, 1)
     say(
