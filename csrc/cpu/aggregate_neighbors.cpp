@@ -369,13 +369,9 @@ inline P* take(char*& block, int64_t count) {
 }
 
 // Whether a thread that has `neighbours` to add up should do so in a table of the whole vocabulary: where that pays for
-// clearing it once, and it stays in the cache. With AVX-512 a row is sorted as fast.
-inline bool table_is_worth_it([[maybe_unused]] int64_t neighbours, [[maybe_unused]] int64_t vocab_size) {
-#if defined(MEMDEC_LEVEL_IS_avx512)
-  return false;
-#else
+// clearing it once, and it stays in the cache.
+inline bool table_is_worth_it(int64_t neighbours, int64_t vocab_size) {
   return vocab_size <= 1 << 19 && neighbours >= 2 * vocab_size;
-#endif
 }
 
 template <class T, class I, class E>
