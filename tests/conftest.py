@@ -201,6 +201,12 @@ def tiny_model_dir(
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_text() -> Callable[[int, int], str]:
+    """make_text(count, seed): so many sentences that a tiny model can learn something of."""
+    return sentences
+
+
 @pytest.fixture
 def tiny_corpus_dir(tmp_path: Path) -> Path:
     """A folder of 40 small .txt documents, all different, about 25,000 characters in all."""

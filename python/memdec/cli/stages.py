@@ -1,4 +1,5 @@
-"""``memdec corpus``, ``datastore``, ``distributions``, ``train``, and ``fit``, which runs the four of them."""
+"""``memdec corpus``, ``datastore``, ``distributions``, ``train``, ``fit``, which runs the four of them, and
+``transfer``, which fits a memory to another tokenizer."""
 
 from __future__ import annotations
 
@@ -44,6 +45,27 @@ SameDocument = Annotated[
 ]
 Codec = Annotated[str, typer.Option(help="How probabilities are stored: log8 (one byte) or float16.")]
 MemoryLimit = Annotated[str, typer.Option(help="Working memory of the search, such as 1GiB.")]
+Teacher = Annotated[
+    str,
+    typer.Option(
+        help="What the memory imitates: knn (the retriever), lm (a model's own distribution), knn-lm (both, "
+        "mixed) or one-hot (the text itself)."
+    ),
+]
+TeacherModel = Annotated[
+    str | None,
+    typer.Option(
+        help="The model that teaches, by its keys (knn) or its own distributions (lm); default: the base model."
+    ),
+]
+TopK = Annotated[int, typer.Option(min=1, help="Tokens kept of the language model's distribution, for lm and knn-lm.")]
+Ablate = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Make a memory for each of several values of a setting, as beta=0,0.5,1, and compare them; repeated, for "
+        "every combination."
+    ),
+]
 Init = Annotated[
     str | None, typer.Option(help="Model that the memory starts from, same tokenizer; default: the base model.")
 ]
@@ -68,6 +90,7 @@ def register(app: typer.Typer) -> None:
     app.command(short_help="Stage 2: run the model, keep a key a token.")(datastore)
     app.command(short_help="Stage 3: search neighbours, store what followed them.")(distributions)
     app.command(short_help="Stage 4: train the memory, tune its weight.")(train)
+    app.command(short_help="A memory for another tokenizer, from a trained one.")(transfer)
 
 
 @guarded(resumable=True)
@@ -90,6 +113,9 @@ def fit(
     backend: Backend = "exact",
     exclude_same_document: SameDocument = False,
     memory_limit: MemoryLimit = "1GiB",
+    teacher: Teacher = "knn",
+    teacher_model: TeacherModel = None,
+    top_k: TopK = 64,
     init: Init = None,
     layers: Layers = None,
     epochs: Epochs = 3,
@@ -101,6 +127,7 @@ def fit(
     schedule: Schedule = "cosine",
     eval_every: EvalEvery = None,
     save_every: SaveEvery = None,
+    ablate: Ablate = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -114,6 +141,7 @@ def fit(
       memdec fit path/to/model path/to/text --out run
       memdec fit path/to/model notes.jsonl --out run --context 512 --epochs 1 --max-tokens 100000
       memdec fit path/to/large-model text --init path/to/small-model --out run      a small memory for a large base
+      memdec fit path/to/model text --out grid --ablate beta=0,0.5,1 --ablate epochs=1,3     which settings matter
     """
     from memdec.pipeline.fit import fit as run_fit
 
@@ -133,6 +161,9 @@ def fit(
         backend=backend,
         exclude_same_document=exclude_same_document,
         memory_limit=memory_limit,
+        teacher=teacher,
+        teacher_model=teacher_model,
+        top_k=top_k,
         init=init,
         layers=layers,
         epochs=epochs,
@@ -147,9 +178,37 @@ def fit(
         device=device,
         dtype=dtype,
     )
+    if ablate:
+        ablate_settings(model, source, out, ablate, options)
+        return
     memory = run_fit(model, source, out, **options)
     typer.echo(f"Memory: {memory}")
     typer.echo(f'Try it: memdec generate --base {model} --memory {memory} --side-by-side "..."')
+
+
+def ablate_settings(model: str, source: str, out: Path, parts: list[str], options: dict[str, Any]) -> None:
+    """``fit --ablate``: a memory for every combination, and a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from memdec.cli.use import remark
+    from memdec.evaluation.ablation import ablate, parse_grid
+
+    grid = parse_grid(parts)
+    common = {name: value for name, value in options.items() if name not in grid}
+    runs = ablate(model, source, out, grid, say=remark, **common)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in (*(name.replace("_", "-") for name in grid), "alpha", "validation", "test", "memory alone"):
+        table.add_column(column, justify="right", no_wrap=True)
+    best = min(run.validation_perplexity for run in runs)
+    for run in runs:
+        figures = (run.validation_perplexity, run.perplexity, run.memory_perplexity)
+        cells = [*(str(run.settings[name]) for name in grid), f"{run.alpha:g}", *(f"{value:.3f}" for value in figures)]
+        table.add_row(*cells, style="bold" if run.validation_perplexity == best else None)
+    Console(highlight=False).print(table)
+    typer.echo(f"Perplexity of base + memory; the base alone: {runs[0].base_perplexity:.3f} on the test text.")
+    typer.echo(f"Page: {out / 'ablation.html'}   a line a run: {out / 'ablation.jsonl'}")
 
 
 @guarded(resumable=True)
@@ -232,7 +291,10 @@ def datastore(
 
 @guarded(resumable=True)
 def distributions(
-    datastore: Annotated[Path, typer.Argument(help="The datastore that `memdec datastore` made.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="The datastore that `memdec datastore` made; for the teachers lm and one-hot, the corpus."),
+    ],
     out: Out,
     k: Neighbours = None,
     temperature: Temperature = None,
@@ -241,19 +303,39 @@ def distributions(
     min_prob: Annotated[float, typer.Option(help="Probabilities below this are cut; their sum is kept.")] = 1e-6,
     codec: Codec = "log8",
     memory_limit: MemoryLimit = "1GiB",
+    teacher: Teacher = "knn",
+    model: Annotated[str | None, typer.Option(help="The language model of the teachers lm and knn-lm.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="For knn-lm: the corpus that the datastore is of.")] = None,
+    weight: Annotated[float | None, typer.Option(help="For knn-lm: lambda; default: tuned on validation text.")] = None,
+    top_k: TopK = 64,
 ) -> None:
     """Stage 3: for every position find its nearest others and store what tokens followed them, as a distribution.
 
+    With another --teacher the distributions are a language model's own (lm), or the two mixed (knn-lm, for which the
+    retriever's are kept in OUT-knn), or the text itself (one-hot).
+
     \b
-    Example:
+    Examples:
       memdec distributions run/datastore --out run/distributions --k 1024
+      memdec distributions run/corpus --teacher lm --model path/to/model --out run/teacher-lm
+      memdec distributions run/datastore --teacher knn-lm --model path/to/model --corpus run/corpus --out run/teacher
     """
     from memdec.pipeline.distributions import build_distributions
+    from memdec.pipeline.teachers import build_teacher
     from memdec.stores.datastore import Datastore
 
+    options = _given(model=model, weight=weight, top_k=top_k, codec=codec)
+    if teacher not in ("knn", "knn-lm"):
+        made = build_teacher(teacher, open_corpus(source), out, **options)
+        typer.echo(
+            f"Distributions: {out} ({made.num_rows:,} rows, {made.nnz / max(made.num_rows, 1):.0f} tokens a row)"
+        )
+        return
+    if teacher == "knn-lm" and corpus is None:
+        raise MemdecError("The teacher knn-lm also needs the text: --corpus RUN/corpus.")
     made = build_distributions(
-        Datastore.open(datastore),
-        out,
+        Datastore.open(source),
+        out if teacher == "knn" else out.with_name(f"{out.name}-knn"),
         **_given(
             k=k,
             temperature=temperature,
@@ -264,6 +346,9 @@ def distributions(
             memory_limit=memory_limit,
         ),
     )
+    if teacher == "knn-lm":
+        assert corpus is not None
+        made = build_teacher(teacher, open_corpus(corpus), out, knn=made, **options)
     typer.echo(f"Distributions: {out} ({made.num_rows:,} rows, {made.nnz / max(made.num_rows, 1):.0f} tokens a row)")
 
 
@@ -326,6 +411,91 @@ def train(
         ),
     )
     typer.echo(f"Memory: {made}")
+
+
+@guarded(resumable=True)
+def transfer(
+    memory: Annotated[Path, typer.Argument(help="The trained memory, a folder.")],
+    to: Annotated[
+        str, typer.Option("--to", help="Causal LM with the other tokenizer, the new base: a folder, hub id or .gguf.")
+    ],
+    corpus: Annotated[str, typer.Option("--corpus", help="The domain's text, as `memdec fit` takes its SOURCE.")],
+    out: Out,
+    share: Annotated[float, typer.Option(help="Training steps, as a share of the memory's own.")] = 0.1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, whatever --share says.")] = None,
+    how: Annotated[
+        str, typer.Option(help="pieces (new tokens from the old ones' vectors), or random (a control).")
+    ] = "pieces",
+    fractions: Fractions = "0.9,0.05,0.05",
+    seed: Seed = 0,
+    text_field: TextField = "text",
+    workers: Workers = 1,
+    max_tokens: MaxTokens = None,
+    validation: ValidationText = None,
+    test: TestText = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a window; default: the memory's.")] = None,
+    layer: Layer = None,
+    k: Neighbours = None,
+    temperature: Temperature = None,
+    backend: Backend = "exact",
+    memory_limit: MemoryLimit = "1GiB",
+    beta: Annotated[float | None, typer.Option(help="Weight of the KL term; default: the memory's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Training windows in one forward; default: the memory's.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate; default: the memory's.")] = None,
+    eval_every: EvalEvery = None,
+    save_every: SaveEvery = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """A memory for another tokenizer: keep a trained memory's trunk, replace its vocabulary, train some steps more.
+
+    The new tokens get vectors made of the old ones': the same where the bytes are the same, else the mean of their
+    pieces. Distributions are built with the new model; a tenth of the memory's own steps is trained, with its own
+    settings. Stopped, the same command continues.
+
+    \b
+    Examples:
+      memdec transfer run/memory --to path/to/other-model --corpus path/to/text --out other-run
+      memdec transfer run/memory --to path/to/other-model --corpus path/to/text --out other-run --share 0.3
+      memdec transfer run/memory --to path/to/other-model --corpus path/to/text --out control --how random
+    """
+    from memdec.pipeline.transfer import transfer as run_transfer
+
+    made = run_transfer(
+        memory,
+        to,
+        corpus,
+        out,
+        share=share,
+        how=how,
+        **_given(
+            max_steps=steps,
+            fractions=parse_fractions(fractions),
+            seed=seed,
+            text_field=text_field,
+            workers=workers,
+            max_tokens=max_tokens,
+            validation=validation,
+            test=test,
+            context=context,
+            layer=layer,
+            k=k,
+            temperature=temperature,
+            backend=backend,
+            memory_limit=memory_limit,
+            beta=beta,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            eval_every=eval_every,
+            save_every=save_every,
+            device=device,
+            dtype=dtype,
+        ),
+    )
+    typer.echo(f"Memory: {made}")
+    typer.echo(f'Try it: memdec generate --base {to} --memory {made} --side-by-side "..."')
 
 
 def open_corpus(folder: Path) -> Any:

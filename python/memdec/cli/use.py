@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from memdec.errors import MemdecError
 
 if TYPE_CHECKING:
     from memdec.decoding.bench import DecodeSpeed
+    from memdec.evaluation.comparison import ComparisonResult
     from memdec.evaluation.evaluate import EvaluationResult
 
 LEAST_TEMPERATURE = 0.001  # below, logits over it leave the range of float32
@@ -50,8 +51,27 @@ def evaluate(
         ),
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="Any of base,knn-lm,memory; default: all that the other options allow.")
+        str | None,
+        typer.Option(
+            help="Any of base,knn-lm,memory; default: all that the other options allow. With any of rag,dapt,lora,"
+            "second-model,lm-memory,dapt+memory, or all: the memory's rivals are made, tuned and timed too."
+        ),
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="For the rivals: what the memory started from; default: the base.")
+    ] = None,
+    general: Annotated[
+        str | None,
+        typer.Option(
+            help="For the rivals: text outside the domain, to see what is forgotten; default: Python's own reference."
+        ),
+    ] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="For the rivals: learning rates other than the memory's, as lora=1e-3,dapt=5e-5.")
+    ] = None,
+    timed_tokens: Annotated[
+        int, typer.Option(min=0, help="For the rivals: tokens of a timed continuation; 0 times nothing.")
+    ] = 32,
     alpha: Annotated[
         float | None, typer.Option(help="Weight of the memory, 0 to 1; default: the memory's own, tuned on validation.")
     ] = None,
@@ -81,6 +101,7 @@ def evaluate(
     Examples:
       memdec evaluate --base model --memory run/memory --text run/corpus --datastore run/datastore
       memdec evaluate --base model --memory run/memory --text held-out.txt --compare base,memory --out report
+      memdec evaluate --base model --memory run/memory --text run/corpus --compare all --out comparison
     """
     from memdec.evaluation.evaluate import METHODS, check_out
     from memdec.evaluation.evaluate import evaluate as measure
@@ -91,6 +112,27 @@ def evaluate(
         wanted = [m for m in METHODS if (m != "memory" or memory) and (m != "knn-lm" or datastore)]
     else:
         wanted = [part.strip() for part in compare.split(",") if part.strip()]
+    if set(wanted) - {*METHODS, "base+memory"}:
+        compare_rivals(
+            base,
+            memory,
+            text,
+            out,
+            wanted,
+            init=init,
+            datastore=datastore,
+            distributions=distributions,
+            general=general,
+            learning_rates=parse_rates(rates),
+            context=context,
+            stride=stride,
+            max_tokens=max_tokens,
+            latency_tokens=timed_tokens,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+        )
+        return
     result = measure(
         base,
         memory,
@@ -114,6 +156,46 @@ def evaluate(
     paths = result.save(out)
     print_result(result)
     typer.echo(f"Report: {paths['report']}   figures: {paths['json']}")
+
+
+def compare_rivals(base: str, memory: str | None, text: str, out: Path, wanted: list[str], **options: Any) -> None:
+    """The comparison with rivals that are made here; ``--compare all`` names every one."""
+    from memdec.evaluation.comparison import METHODS, check_comparison_out, compare
+    from memdec.stores.corpus import Corpus
+
+    if memory is None:
+        raise MemdecError("To compare a memory with its rivals, say which: --memory RUN/memory.")
+    Corpus.open(text)  # a plain text has nothing to train the rivals on
+    check_comparison_out(out)
+    methods = METHODS if "all" in wanted else wanted
+    result = compare(base, memory, text, out, methods=methods, say=remark, **options)
+    paths = result.save(out)
+    print_comparison(result)
+    typer.echo(f"Report: {paths['report']}   figures: {paths['json']}   LaTeX: {paths['latex']}")
+
+
+def parse_rates(text: str | None) -> dict[str, float]:
+    """``"lora=1e-3,dapt=5e-5"`` as a dictionary.
+
+    Raises:
+        MemdecError: a part is no name of a rival with a rate.
+    """
+    from memdec.evaluation.rivals import RIVALS
+
+    found: dict[str, float] = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            found[name.strip()] = 0.0
+        if name.strip() not in RIVALS or not 0 < found[name.strip()] < 1:
+            raise MemdecError(
+                f"--rates wants pairs such as lora=1e-3,dapt=5e-5 of {', '.join(RIVALS)}; got {part.strip()!r}."
+            )
+    return found
 
 
 @guarded()
@@ -339,6 +421,32 @@ def print_speed(speed: DecodeSpeed) -> None:
         console.print(line, style="dim", markup=False)
 
 
+def print_comparison(result: ComparisonResult) -> None:
+    """The table of a comparison, for the terminal; a narrow one gets the columns that matter."""
+    import json
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from memdec.evaluation.comparison_report import COLUMNS, caption, cells
+
+    content = json.loads(result.to_json())
+    console = Console(highlight=False)
+    narrow = ("method", "perplexity", "vs base", "α or λ", "general ppl", "latency", "kept")
+    columns = [column for column in COLUMNS if console.width >= WIDE_COMPARISON or column in narrow]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column("" if column == "method" else column, justify="left" if column == "method" else "right")
+    best = min(entry.perplexity for entry in result.entries)
+    for entry, row in zip(result.entries, content["entries"], strict=True):
+        made = cells(row)
+        table.add_row(*(made[column] for column in columns), style="bold" if entry.perplexity == best else None)
+    console.print(table)
+    console.print(caption(content), style="dim", markup=False)
+
+
+WIDE_COMPARISON = 160  # columns of text that the whole table of a comparison needs
 WIDE_TERMINAL = 120  # columns of text that the whole table of an evaluation needs
 
 

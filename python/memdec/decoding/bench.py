@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -119,27 +119,15 @@ def measure(
     if not compiled:
         del ways[COMPILED]
 
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     accepted: dict[str, list[Any]] = {name: [] for name in ways}
-    notes: dict[str, str] = {}
-    for repeat in range(repeats + 1):
-        say(f"round {repeat} of {repeats}" if repeat else "one run of each, not counted")
-        for name, (_, run) in ways.items():
-            for prompt in prompts if repeat else prompts[:1]:
-                if name in notes:
-                    continue
-                start = time.perf_counter()
-                try:
-                    run(prompt)
-                except Exception as problem:  # a rival that cannot run with this pair is part of the result
-                    notes[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
-                    continue
-                if repeat:
-                    seconds[name].append((time.perf_counter() - start) / new_tokens)
-                    if name == "auto" or name.startswith("speculative"):
-                        accepted[name].append(model.last_decode)
 
-    medians = {name: statistics.median(found) for name, found in seconds.items() if found}
+    def keep_decode(name: str) -> None:
+        if name == "auto" or name.startswith("speculative"):
+            accepted[name].append(model.last_decode)
+
+    runs = {name: run for name, (_, run) in ways.items()}
+    seconds, notes = take_turns(runs, prompts, repeats, after=keep_decode, say=say)
+    medians = {name: statistics.median(found) / new_tokens for name, found in seconds.items() if found}
     best = min(medians[name] for name in BASE_RIVALS if name in medians)
     cost_ratio = medians["memory alone"] / medians[PACKED]
     with packed_linears(base):
@@ -183,6 +171,50 @@ def measure(
             "memory_parameters": memory.num_parameters(),
         },
     )
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[Tensor], Any]],
+    prompts: Sequence[Tensor],
+    repeats: int,
+    *,
+    after: Callable[[str], object] = lambda name: None,
+    clock: Callable[[], float] = time.perf_counter,
+    say: Callable[[str], object] = lambda line: None,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each way on each prompt, `repeats` times in turn, after one run of each that is not counted.
+
+    Args:
+        ways: what is called with a prompt.
+        prompts: (1, L) token ids each.
+        repeats: runs of each way on each prompt.
+        after: is told the name of the way after each run that counts.
+        clock: seconds that go by.
+        say: is told what is being measured.
+
+    Returns:
+        Seconds by way, round by round and prompt by prompt, the same places for all ways; and why others could not run.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    notes: dict[str, str] = {}
+    for repeat in range(repeats + 1):
+        say(f"round {repeat} of {repeats}" if repeat else "one run of each, not counted")
+        for prompt in prompts if repeat else prompts[:1]:
+            for name, run in ways.items():
+                if name in notes:
+                    continue
+                start = clock()
+                try:
+                    run(prompt)
+                    if prompt.is_cuda:
+                        torch.cuda.synchronize(prompt.device)
+                except Exception as problem:  # a rival that cannot run with this pair is part of the result
+                    notes[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
+                    continue
+                if repeat:
+                    seconds[name].append(clock() - start)
+                    after(name)
+    return {name: found for name, found in seconds.items() if name not in notes}, notes
 
 
 def _generate_packed(model: Any, ids: Tensor, options: dict[str, Any]) -> Any:

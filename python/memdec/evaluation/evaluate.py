@@ -135,7 +135,7 @@ class EvaluationResult:
             "training": self.training,
             "notes": self.notes,
         }
-        return json.dumps(_finite(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(finite(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """Write evaluation.json, report.html and token_log_probs.safetensors to ``folder``; their paths by name."""
@@ -159,13 +159,15 @@ class EvaluationResult:
         return paths
 
 
-def check_out(folder: str | Path) -> None:
-    """Raise ``MemdecError`` where an evaluation would write over files that are no earlier evaluation's."""
-    names = [name for name in ("evaluation.json", "report.html") if (Path(folder) / name).exists()]
+def check_out(
+    folder: str | Path, figures: str = "evaluation.json", page: str = "report.html", of: str = FORMAT
+) -> None:
+    """Raise ``MemdecError`` where figures or a page would be written over files that are not ours, of format `of`."""
+    names = [name for name in (figures, page) if (Path(folder) / name).exists()]
     if not names:
         return
     try:
-        ours = json.loads((Path(folder) / "evaluation.json").read_bytes())["format"] == FORMAT
+        ours = json.loads((Path(folder) / figures).read_bytes())["format"] == of
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
@@ -236,7 +238,9 @@ def evaluate(
         from memdec.stores.memory import read_memory_card
 
         card = read_memory_card(memory)
-        compare_tokenizers(tokenizer, load_tokenizer(memory), base_name=_label(base), memory_name=_label(memory))
+        compare_tokenizers(
+            tokenizer, load_tokenizer(memory), base_name=short_name(base), memory_name=short_name(memory)
+        )
         if alpha is None:
             alpha, alpha_source = card.alpha, "recommended by the memory, tuned on validation text"
     if alpha is not None and not 0 <= alpha <= 1:
@@ -274,7 +278,7 @@ def evaluate(
 
         assert datastore is not None
         store = Datastore.open(datastore)
-        knn = _knn_settings(store, Path(datastore), distributions)
+        knn = knn_settings(store, Path(datastore), distributions)
         tell(f"Searching {store.num_rows:,} keys (k = {knn.k}, T = {knn.temperature:g}, λ = {knn.weight:g})")
         for index, protocol in enumerate(protocols):
             begun = time.perf_counter()
@@ -300,7 +304,7 @@ def evaluate(
         ]
         seconds["knn-lm"] = max(seconds["knn-lm"], seconds["base"])
         parameters["knn-lm"] = parameters["base"]
-        extra_bytes["knn-lm"] = _folder_bytes(Path(datastore))
+        extra_bytes["knn-lm"] = folder_bytes(Path(datastore))
     curve: list[tuple[float, float]] = []
     memory_model: Any = None
     if "memory" in wanted:
@@ -314,7 +318,7 @@ def evaluate(
         seconds["base+memory"] = seconds["base"] + seconds["memory"]
         parameters["memory"] = _parameters(memory_model)
         parameters["base+memory"] = parameters["base"] + parameters["memory"]
-        extra_bytes["memory"] = extra_bytes["base+memory"] = _folder_bytes(Path(memory))
+        extra_bytes["memory"] = extra_bytes["base+memory"] = folder_bytes(Path(memory))
         points = sorted({index / CURVE_STEPS for index in range(CURVE_STEPS + 1)} | {round(alpha, 6)})
         curve = [
             (point, perplexity(mixture_log_prob(log_probs["base"][0], log_probs["memory"][0], point)))
@@ -330,13 +334,13 @@ def evaluate(
     result = EvaluationResult(
         environment=environment(base_model),
         models={
-            "base": _label(base),
-            "memory": None if memory is None else _label(memory),
-            "datastore": None if datastore is None else _label(datastore),
+            "base": short_name(base),
+            "memory": None if memory is None else short_name(memory),
+            "datastore": None if datastore is None else short_name(datastore),
             "provenance": {} if card is None else card.provenance,
         },
         text={
-            "source": "documents" if isinstance(text, HeldOutText) else _label(text),
+            "source": "documents" if isinstance(text, HeldOutText) else short_name(text),
             "tokens": held_out.num_tokens,
             "tokens_found": found_tokens,
             "documents": held_out.num_documents,
@@ -439,7 +443,7 @@ def _measure(
     )
 
 
-def _knn_settings(store: Any, folder: Path, distributions: str | Path | None) -> KnnSettings:
+def knn_settings(store: Any, folder: Path, distributions: str | Path | None) -> KnnSettings:
     """k, T and λ out of a distributions artefact's manifest, else chosen on the datastore's validation rows."""
     from memdec.stores.manifest import Manifest
 
@@ -557,11 +561,11 @@ def _parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def _label(source: str | Path) -> str:
+def short_name(source: str | Path) -> str:
     """A model's or artefact's name without this machine's path: the last two parts of a path, or the hub id itself."""
     path = Path(source)
     return "/".join(path.resolve().parts[-2:]).lstrip("/") if path.exists() else str(source)
@@ -585,12 +589,12 @@ def _read_log(training_log: str | Path | None, memory: str | Path | None) -> lis
     return rows
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same structure with every number that JSON cannot hold replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _finite(part) for key, part in value.items()}
+        return {str(key): finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return value

@@ -14,8 +14,8 @@ FULL_COLOUR = 3.0
 COLOUR_STEPS = 8
 
 
-def render_report(evaluation: dict[str, Any]) -> str:
-    """The page for ``evaluation``, the parsed content of an evaluation.json."""
+def page_template(name: str) -> Any:
+    """The jinja template ``name`` beside this file, with the filters that our pages use."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -29,9 +29,14 @@ def render_report(evaluation: dict[str, Any]) -> str:
     environment.filters["percent"] = percent
     environment.filters["size"] = size
     environment.filters["log2"] = math.log2
+    return environment.get_template(name)
+
+
+def render_report(evaluation: dict[str, Any]) -> str:
+    """The page for ``evaluation``, the parsed content of an evaluation.json."""
     measures = {entry["method"]: entry for entry in evaluation["measures"]}
     training = training_charts(evaluation["training"])
-    return environment.get_template("report.html.jinja").render(
+    page: str = page_template("report.html.jinja").render(
         e=evaluation,
         measures=evaluation["measures"],
         by_method=measures,
@@ -44,6 +49,7 @@ def render_report(evaluation: dict[str, Any]) -> str:
         legend=[step_class(value) for value in range(-COLOUR_STEPS, COLOUR_STEPS + 1, 2)],
         full_colour=FULL_COLOUR,
     )
+    return page
 
 
 def percent(value: float | None, digits: int = 1, sign: bool = True) -> str:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,21 +43,12 @@ def hidden_and_keys(
         torch.Size([1, 3, 576])
     """
     name, module = last_mlp(model, layer)
-    captured: list[Tensor] = []
-
-    def capture(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        captured.append(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
-
-    handle = module.register_forward_pre_hook(capture, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            body = trunk(model)
-            device = input_device(model)
-            mask = None if attention_mask is None else attention_mask.to(device)
-            ids = input_ids.to(device=device, dtype=torch.long)
-            hidden: Tensor = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    finally:
-        handle.remove()
+    with captured_inputs(module) as captured, torch.no_grad():
+        body = trunk(model)
+        device = input_device(model)
+        mask = None if attention_mask is None else attention_mask.to(device)
+        ids = input_ids.to(device=device, dtype=torch.long)
+        hidden: Tensor = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     if len(captured) != 1:
         raise MemdecError(
             f"the module {name} was called {len(captured)} times in one forward, so its input is not one key "
@@ -69,3 +62,18 @@ def hidden_and_keys(
         )
     # Some models flatten the positions before their MLP.
     return hidden, keys.reshape(*input_ids.shape, keys.shape[-1])
+
+
+@contextmanager
+def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, each call of `module` adds its input, the first tensor among its arguments, to the list yielded."""
+    captured: list[Tensor] = []
+
+    def capture(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        captured.append(next(value for value in (*arguments, *named.values()) if isinstance(value, Tensor)))
+
+    handle = module.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        yield captured
+    finally:
+        handle.remove()

@@ -113,11 +113,14 @@ def keep_only(folder: Path, names: set[str]) -> None:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def save_model(model: Any, path: Path) -> None:
-    """Write a transformers model into the folder `path`, whole or not at all, as safetensors."""
+def save_model(model: Any, path: Path, tensors_of: list[tuple[str, Tensor]] | None = None) -> None:
+    """Write a transformers model into the folder `path`, whole or not at all, as safetensors; `tensors_of` gives what
+    to write by name, None the model's own parameters and buffers."""
     copies: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *saved_buffers(model)]:
+    if tensors_of is None:
+        tensors_of = [*model.named_parameters(remove_duplicate=False), *saved_buffers(model)]
+    for name, tensor in tensors_of:
         # The parameters may be views of one big buffer, and tied ones are the same tensor: one copy each, so that the
         # writer sees tensors of their own, tied where they are.
         tensors[name] = copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))

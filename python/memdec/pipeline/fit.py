@@ -1,6 +1,7 @@
 """The whole job: text in, memory out.
 
-    corpus ─▶ datastore ─▶ distributions ─▶ training ─▶ memory        (each a folder of that name in `out`)
+    corpus ─▶ datastore ─▶ distributions ─▶ training ─▶ memory        (each a folder of that name in `out`;
+                                                                       another teacher's is teacher-NAME)
 
     memdec fit MODEL CORPUS --out DIR
 
@@ -24,6 +25,7 @@ from memdec.modeling.tokenizers import compare, load_tokenizer
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions, check_search
 from memdec.pipeline.embed import build_datastore, default_device
+from memdec.pipeline.teachers import DEFAULT_TOP_K, TEACHERS, build_teacher
 from memdec.pipeline.train import Settings, train_memory
 
 LOGGER = logging.getLogger(__name__)
@@ -53,8 +55,13 @@ def fit(
     temperature: float | None = None,
     backend: str = "exact",
     exclude_same_document: bool = False,
+    min_prob: float = 1e-6,
     codec: str = "log8",
     memory_limit: str | int = "1GiB",
+    # teacher
+    teacher: str = "knn",
+    teacher_model: str | os.PathLike[str] | None = None,
+    top_k: int = DEFAULT_TOP_K,
     # training
     beta: float = 0.5,
     epochs: int = 3,
@@ -95,8 +102,14 @@ def fit(
         temperature: T of the neighbours' weights exp(−d/T); None chooses it on validation text.
         backend: how neighbours are searched: "exact" or a faiss index.
         exclude_same_document: neighbours come from other documents only.
+        min_prob: probabilities below this are cut; their sum is kept.
         codec: how probabilities are stored: "log8" or "float16".
         memory_limit: memory that the search may take.
+        teacher: what the memory imitates: "knn", the retriever; "lm", a language model; "knn-lm", both mixed; or
+            "one-hot", the text itself. See :mod:`memdec.pipeline.teachers`. "lm" and "one-hot" need no datastore.
+        teacher_model: the model that teaches, by its keys ("knn"), its own distributions ("lm") or both ("knn-lm");
+            None is `model`. It must have the same tokenizer.
+        top_k: tokens that are kept of its distributions.
         beta: weight of the KL term in the loss, 0 to 1.
         epochs: times that training reads the text.
         max_steps: optimiser steps; overrules `epochs`.
@@ -148,6 +161,8 @@ def fit(
     Settings(**training).check()
     check_device(device)
     check_search(temperature, backend, memory_limit)
+    if teacher not in TEACHERS:
+        raise MemdecError(f"--teacher is {teacher!r}; wanted one of {', '.join(TEACHERS)}.")
     if init is not None:
         compare(load_tokenizer(model), load_tokenizer(init), base_name=str(model), memory_name=str(init))
     if temperature is None and validation is None and fractions[1] == 0:
@@ -173,27 +188,38 @@ def fit(
         validation=None if validation is None else os.fspath(validation),
         test=None if test is None else os.fspath(test),
     )
-    rows = text.split("train").num_rows
-    if k is not None and k > rows - 1:
-        raise MemdecError(
-            f"k is {k}, but the training text has {rows} rows, so a row has {rows - 1} neighbours at most. "
-            "Take a smaller --k or more text."
+    where = default_device() if device is None else device
+    taught_by = model if teacher_model is None else teacher_model
+    distributions = None
+    if teacher in ("knn", "knn-lm"):
+        rows = text.split("train").num_rows
+        if k is not None and k > rows - 1:
+            raise MemdecError(
+                f"k is {k}, but the training text has {rows} rows, so a row has {rows - 1} neighbours at most. "
+                "Take a smaller --k or more text."
+            )
+        LOGGER.info("2 of 4: datastore (%d rows)", rows)
+        datastore = build_datastore(os.fspath(taught_by), text, out / "datastore", context=context, stride=stride,
+                                    layer=layer, device=device, dtype=dtype)  # fmt: skip
+        LOGGER.info("3 of 4: distributions")
+        distributions = build_distributions(
+            datastore,
+            out / "distributions",
+            k=k,
+            temperature=temperature,
+            backend=backend,
+            exclude_same_document=exclude_same_document,
+            min_prob=min_prob,
+            codec=codec,
+            memory_limit=memory_limit,
+            device=where,
         )
-    LOGGER.info("2 of 4: datastore (%d rows)", rows)
-    datastore = build_datastore(os.fspath(model), text, out / "datastore", context=context, stride=stride, layer=layer,
-                                device=device, dtype=dtype)  # fmt: skip
-    LOGGER.info("3 of 4: distributions")
-    distributions = build_distributions(
-        datastore,
-        out / "distributions",
-        k=k,
-        temperature=temperature,
-        backend=backend,
-        exclude_same_document=exclude_same_document,
-        codec=codec,
-        memory_limit=memory_limit,
-        device=default_device() if device is None else device,
-    )
+    if teacher != "knn":
+        LOGGER.info("3 of 4: the teacher's distributions (%s)", teacher)
+        distributions = build_teacher(teacher, text, out / f"teacher-{teacher}", knn=distributions, top_k=top_k,
+                                      model=taught_by, codec=codec,
+                                      context=context, stride=stride, device=device, dtype=dtype)  # fmt: skip
+    assert distributions is not None
     LOGGER.info("4 of 4: training")
     return train_memory(model if init is None else init, text, distributions, out, base=model, device=device,
                         save_every=save_every, tensorboard=tensorboard, **training)  # fmt: skip

@@ -50,6 +50,7 @@ from memdec.pipeline.checkpoints import (
 )
 from memdec.pipeline.embed import check_fits
 from memdec.pipeline.initialise import initialise
+from memdec.pipeline.lora import add_adapters, merged_tensors
 from memdec.pipeline.master_weights import MasterWeights
 from memdec.pipeline.processes import Processes, join_processes
 from memdec.pipeline.progress import progress
@@ -68,6 +69,8 @@ RECORD_NAME = "training.json"
 LOG_NAME = "log.jsonl"
 SAVE_SECONDS = 300.0  # without save_every, work of at most this long is lost when a run is killed
 SCHEDULES = ("cosine", "linear", "constant")
+# What a checkpoint is judged by: the perplexity of the mixture with the base, or that of the trained model alone.
+JUDGES = {"mixture": "mixture_perplexity", "alone": "memory_perplexity"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Settings:
     validation_tokens: int = 32768
     dtype: str = "auto"
     gradient_checkpointing: bool = False
+    judge: str = "mixture"
+    lora_rank: int | None = None
 
     def check(self) -> None:
         """Raise ``MemdecError`` for a value that cannot be."""
@@ -112,6 +117,8 @@ class Settings:
             "eval_every": (self.eval_every is None or self.eval_every >= 1, "at least 1 step, or none"),
             "validation_tokens": (self.validation_tokens >= 2, "at least 2"),
             "layers": (self.layers is None or self.layers >= 1, "at least 1, or none to keep all"),
+            "judge": (self.judge in JUDGES, "one of " + ", ".join(JUDGES)),
+            "lora_rank": (self.lora_rank is None or self.lora_rank >= 1, "at least 1, or none to train all weights"),
         }
         for name, (fine, what) in wanted.items():
             if not fine:
@@ -145,6 +152,8 @@ def train_memory(
     device: torch.device | str | None = None,
     dtype: str = "auto",
     gradient_checkpointing: bool = False,
+    judge: str = "mixture",
+    lora_rank: int | None = None,
     tensorboard: bool = True,
 ) -> Path:
     """Train a memory on the teacher distributions of a corpus; a run that was stopped is continued.
@@ -179,6 +188,9 @@ def train_memory(
         dtype: what is computed in: "auto" (bfloat16 where the device has it), "bfloat16" or "float32". Weights and
             moments are kept in float32 beside it.
         gradient_checkpointing: compute activations twice instead of keeping them.
+        judge: what the best checkpoint is best by on the validation text: "mixture", the perplexity of base + memory,
+            or "alone", that of the trained model without a base, as for the fine-tuned rivals of a memory.
+        lora_rank: train low-rank adapters of this rank instead of all weights; see :mod:`memdec.pipeline.lora`.
         tensorboard: write the curves for TensorBoard too, if it is installed.
 
     Returns:
@@ -211,6 +223,8 @@ def train_memory(
         validation_tokens=validation_tokens,
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
+        judge=judge,
+        lora_rank=lora_rank,
     )
     settings.check()
     if save_every is not None and save_every < 1:
@@ -459,6 +473,8 @@ def steps(run: Run, *, tensorboard: bool) -> None:
     """Train from the newest checkpoint, or from the start, to the last step."""
     settings, plan, processes = run.settings, run.plan, run.processes
     model = load_causal_lm(run.folder / "start", dtype=torch.float32, device=processes.device)
+    if settings.lora_rank is not None:
+        add_adapters(model, settings.lora_rank, settings.seed)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = Student(model, run.corpus.vocab_size, settings.beta)
@@ -559,7 +575,8 @@ def evaluate(run: Run, model: Any, log: Callable[..., None]) -> None:
         "memory_perplexity": perplexity(memory),
         "base_perplexity": perplexity(run.base_log_prob),
     }
-    better = not run.best or found["mixture_perplexity"] < run.best["mixture_perplexity"]
+    judged = JUDGES[run.settings.judge]
+    better = not run.best or found[judged] < run.best[judged]
     log({**found, "best": better}, {})
     LOGGER.info("step %d of %d: held-out perplexity %.3f mixed (alpha %.2f), memory alone %.3f, base alone %.3f",
                 run.step, run.plan.total_steps, found["mixture_perplexity"], alpha, found["memory_perplexity"],
@@ -567,7 +584,8 @@ def evaluate(run: Run, model: Any, log: Callable[..., None]) -> None:
     if better:
         run.best = found
         if run.processes.first:
-            save_model(model, run.folder / f"best-{run.step:08d}")
+            tensors = None if run.settings.lora_rank is None else merged_tensors(model)
+            save_model(model, run.folder / f"best-{run.step:08d}", tensors)
 
 
 def perplexity_of_mixture(base: Tensor, memory: Tensor, alpha: float) -> float:

@@ -1,0 +1,197 @@
+"""The comparison as a page, as Markdown and as LaTeX, drawn from the content of comparison.json and nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart, number
+from memdec.evaluation.report import page_template, percent, size
+
+STYLES = {
+    "base": "c-base",
+    "rag": "c-knn",
+    "knn-lm": "c-knn",
+    "dapt": "c-memory",
+    "lora": "c-memory",
+    "second-model": "c-memory",
+    "lm-memory": "c-memory",
+    "memory-alone": "c-memory",
+    "memory": "c-mixture",
+    "dapt+memory": "c-mixture",
+}
+COLUMNS = (
+    "method",
+    "perplexity",
+    "vs base",
+    "95% interval",
+    "α or λ",
+    "general ppl",
+    "vs base, general",
+    "latency",
+    "kept",
+    "trained",
+    "training",
+    "FLOPs",
+)
+
+
+def cells(entry: dict[str, Any]) -> dict[str, str]:
+    """The table's cells of one row, as text, by column."""
+    interval, latency = entry["interval"], entry["latency"]
+    ratio = None if latency is None else latency["ratio"]
+    is_base = entry["method"] == "base"
+    return {
+        "method": entry["label"],
+        "perplexity": number(entry["perplexity"]),
+        "vs base": "" if is_base else percent(entry["relative"]),
+        "95% interval": "" if interval is None else f"{percent(interval[0])} … {percent(interval[1])}",
+        "α or λ": "" if entry["weight"] is None else f"{entry['weight']:.2f}",
+        "general ppl": number(entry["general_perplexity"]),
+        "vs base, general": "" if is_base else percent(entry["general_relative"]),
+        "latency": "–" if ratio is None else f"{ratio:.2f}×",
+        "kept": size(entry["kept_bytes"]),
+        "trained": count(entry["trained_parameters"]),
+        "training": duration(entry["training_seconds"]),
+        "FLOPs": "–" if not entry["training_flops"] else f"{entry['training_flops']:.1e}",
+    }
+
+
+def count(value: int) -> str:
+    """Parameters for people."""
+    if not value:
+        return "–"
+    return f"{value / 1e6:.1f}M" if value >= 1e5 else f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if not seconds:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def markdown_table(comparison: dict[str, Any]) -> str:
+    """A GitHub-flavoured table with a line of what it was measured on."""
+    lines = [
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
+        *("| " + " | ".join(cells(entry)[column] for column in COLUMNS) + " |" for entry in comparison["entries"]),
+        "",
+        caption(comparison),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "%": r"\%",
+    "&": r"\&",
+    "_": r"\_",
+    "#": r"\#",
+    "$": r"\$",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "α": r"$\alpha$",
+    "λ": r"$\lambda$",
+    "−": r"$-$",
+    "×": r"$\times$",
+    "…": r"\,\dots\,",
+    "–": "--",
+}
+
+
+def latex(text: str) -> str:
+    """Text with what LaTeX would read as its own escaped."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def latex_table(comparison: dict[str, Any]) -> str:
+    """A booktabs table of its own; needs ``\\usepackage{booktabs}``."""
+    rows = [" & ".join(latex(cells(entry)[column]) for column in COLUMNS) + r" \\" for entry in comparison["entries"]]
+    return (
+        "\n".join(
+            [
+                r"\begin{tabular}{l" + "r" * (len(COLUMNS) - 1) + "}",
+                r"\toprule",
+                " & ".join(latex(column) for column in COLUMNS) + r" \\",
+                r"\midrule",
+                *rows,
+                r"\bottomrule",
+                r"\end{tabular}",
+                "% " + caption(comparison).replace("\n", " "),
+            ]
+        )
+        + "\n"
+    )
+
+
+def caption(comparison: dict[str, Any]) -> str:
+    """What the table was measured on and with, in a few lines."""
+    texts, settings, facts = comparison["texts"], comparison["settings"], comparison["environment"]
+    budget = comparison["budget"]
+    return (
+        f"{texts['test']['scored']:,} tokens of {texts['test']['documents']:,} held-out documents of "
+        f"{texts['test']['source']}; sliding window {settings['context']}/{settings['stride']}; tuned on "
+        f"{texts['validation']['scored']:,} tokens of validation text; general text: {texts['general']['source']}, "
+        f"{texts['general']['scored']:,} tokens. Base {comparison['models']['base']}, {facts.get('dtype')}, "
+        f"{facts.get('threads')} threads, torch {facts.get('torch')}, transformers {facts.get('transformers')}, memdec "
+        f"{facts.get('memdec')}, commit {facts.get('commit')}. Greatest budget {budget['total']:.2e} operations (the "
+        f"memory's: datastore {budget['datastore']:.1e}, search {budget['search']:.1e}, training "
+        f"{budget['training']:.1e}). Latency: {settings['latency']['new_tokens']} tokens, over the base of this run."
+    )
+
+
+def render_comparison(comparison: dict[str, Any]) -> str:
+    """The self-contained page for ``comparison``, the parsed content of a comparison.json."""
+    entries = comparison["entries"]
+    by_method = {entry["method"]: entry for entry in entries}
+
+    def bars(key: str, caption: str, remark: str | None) -> str:
+        return bar_chart(
+            [
+                Bar(
+                    entry["label"],
+                    math.inf if entry[key] is None else entry[key],
+                    "" if remark is None or entry["method"] == "base" else percent(entry[remark]),
+                    STYLES[entry["method"]],
+                )
+                for entry in entries
+            ],
+            caption,
+        )
+
+    timed = [entry for entry in entries if entry["latency"] is not None and entry["latency"]["ratio"] is not None]
+    latency = [Bar(e["label"], e["latency"]["ratio"], "× the base", STYLES[e["method"]]) for e in timed]
+    curves = [
+        Line(by_method[method]["label"], [(a, p) for a, p in points if p is not None], style)
+        for (method, points), style in zip(
+            sorted(comparison["curves"].items()), ("c-mixture", "c-knn", "c-memory", "c-base"), strict=False
+        )
+    ]
+    return str(
+        page_template("comparison.html.jinja").render(
+            c=comparison,
+            columns=COLUMNS,
+            rows=[(entry, cells(entry)) for entry in entries],
+            by_method=by_method,
+            best=min(entries, key=lambda e: math.inf if e["perplexity"] is None else e["perplexity"])["method"],
+            styles=STYLES,
+            perplexities=bars("perplexity", "Perplexity of the held-out text by method", "relative"),
+            general=bars("general_perplexity", "Perplexity of text outside the domain by method", "general_relative"),
+            latency=bar_chart(latency, "Decode latency over the base's") if latency else "",
+            curves=line_chart(
+                curves,
+                "Perplexity of the mixtures over α, on the test text",
+                "α: 0 is the first model alone, 1 the second",
+                "perplexity",
+            )
+            if curves
+            else "",
+            caption=caption(comparison),
+        )
+    )
