@@ -115,7 +115,7 @@ def test_every_command_teaches_by_example():
     commands = get_command(make_app()).commands
     assert set(commands) == {
         "fit", "corpus", "datastore", "distributions", "train", "evaluate", "generate",
-        "bench-decode", "info", "verify", "demo",
+        "bench-decode", "info", "verify", "demo", "tasks", "transfer",
     }  # fmt: skip
     for name, command in commands.items():
         assert f"memdec {name}" in command.help, name

@@ -29,7 +29,7 @@ To see all of it at work on a small model and real text, in minutes: memdec demo
 
 def make_app() -> typer.Typer:
     """The application with all its commands."""
-    from memdec.cli import inspect, stages, use
+    from memdec.cli import inspect, stages, tasks, use
 
     app = typer.Typer(
         name="memdec",
@@ -43,6 +43,7 @@ def make_app() -> typer.Typer:
     app.callback()(global_options)
     stages.register(app)
     use.register(app)
+    tasks.register(app)
     inspect.register(app)
     return app
 
