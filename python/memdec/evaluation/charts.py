@@ -29,7 +29,7 @@ class Line:
 
 def bar_chart(bars: Sequence[Bar], caption: str) -> str:
     """Horizontal bars from 0, each labelled on the left and with its value at its end."""
-    left, right, row, width = 130, 190, 34, 760
+    left, right, row, width = max(130, 20 + round(7.2 * max(len(bar.label) for bar in bars))), 190, 34, 760
     height = row * len(bars) + 8
     longest = max((bar.value for bar in bars if math.isfinite(bar.value)), default=1.0) or 1.0
     parts = [_open(width, height, caption)]
@@ -63,8 +63,10 @@ def line_chart(
     from_zero: bool = False,
 ) -> str:
     """Lines over a grid with round tick values; one line needs no legend, more are named in one above the plot."""
-    width, height, left, right, bottom = 560, 300, 62, 16, 44
-    top = 34 if len(lines) > 1 else 14
+    width, left, right, bottom = 560, 62, 16, 44
+    legend = legend_places(lines, left, width - right) if len(lines) > 1 else []
+    top = 14 + 20 * len({y for _, y in legend})
+    height = 266 + top
     points = [p for line in lines for p in line.points if math.isfinite(p[1])]
     if not points:
         return ""
@@ -123,14 +125,24 @@ def line_chart(
             f'<text class="marker-name" x="{x + (8 if anchor == "start" else -8):.1f}" '
             f'y="{y + (-14 if above else 18):.1f}" text-anchor="{anchor}">{escape(label)}</text>'
         )
-    if len(lines) > 1:
-        across = float(left)
-        for line in lines:
-            parts.append(f'<line class="line {line.style}" x1="{across}" x2="{across + 18}" y1="14" y2="14"/>')
-            parts.append(f'<text class="legend" x="{across + 24}" y="14">{escape(line.name)}</text>')
-            across += 52 + 7.4 * len(line.name)
+    for line, (across, y) in zip(lines, legend, strict=False):
+        parts.append(f'<line class="line {line.style}" x1="{across}" x2="{across + 18}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="legend" x="{across + 24}" y="{y}">{escape(line.name)}</text>')
     parts.append("</svg>")
     return "".join(parts)
+
+
+def legend_places(lines: Sequence[Line], left: float, right: float) -> list[tuple[float, int]]:
+    """Where each line's name begins above the plot, (x, y); a name that would go beyond `right` begins a new row."""
+    places: list[tuple[float, int]] = []
+    across, y = left, 14
+    for line in lines:
+        wide = 52 + 7.4 * len(line.name)
+        if places and across + wide - 28 > right:
+            across, y = left, y + 20
+        places.append((across, y))
+        across += wide
+    return places
 
 
 def _open(width: int, height: int, caption: str) -> str:

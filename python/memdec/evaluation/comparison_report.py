@@ -20,20 +20,11 @@ STYLES = {
     "memory": "c-mixture",
     "dapt+memory": "c-mixture",
 }
-COLUMNS = (
-    "method",
-    "perplexity",
-    "vs base",
-    "95% interval",
-    "α or λ",
-    "general ppl",
-    "vs base, general",
-    "latency",
-    "kept",
-    "trained",
-    "training",
-    "FLOPs",
-)
+# The mixtures' curves, each in a colour of its own.
+CURVES = {"memory": "c-mixture", "dapt+memory": "c-knn", "lm-memory": "c-memory", "second-model": "c-base"}
+QUALITY = ("perplexity", "vs base", "95% interval", "α or λ", "general ppl", "vs base, general")
+COST = ("latency", "kept", "trained", "training", "FLOPs")
+COLUMNS = ("method", *QUALITY, *COST)
 
 
 def cells(entry: dict[str, Any]) -> dict[str, str]:
@@ -168,15 +159,14 @@ def render_comparison(comparison: dict[str, Any]) -> str:
     timed = [entry for entry in entries if entry["latency"] is not None and entry["latency"]["ratio"] is not None]
     latency = [Bar(e["label"], e["latency"]["ratio"], "× the base", STYLES[e["method"]]) for e in timed]
     curves = [
-        Line(by_method[method]["label"], [(a, p) for a, p in points if p is not None], style)
-        for (method, points), style in zip(
-            sorted(comparison["curves"].items()), ("c-mixture", "c-knn", "c-memory", "c-base"), strict=False
-        )
+        Line(by_method[method]["label"], [(a, p) for a, p in comparison["curves"][method] if p is not None], style)
+        for method, style in CURVES.items()
+        if method in comparison["curves"]
     ]
     return str(
         page_template("comparison.html.jinja").render(
             c=comparison,
-            columns=COLUMNS,
+            tables=[("How well it predicts", QUALITY), ("What it costs", COST)],
             rows=[(entry, cells(entry)) for entry in entries],
             by_method=by_method,
             best=min(entries, key=lambda e: math.inf if e["perplexity"] is None else e["perplexity"])["method"],
