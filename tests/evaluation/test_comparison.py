@@ -224,6 +224,37 @@ def test_decoding_is_timed_for_every_row(run):
     assert all(ratio is not None and ratio > 0 for ratio in ratios.values()), ratios
 
 
+def test_the_memory_on_other_bases(run, tmp_path, tiny_llama, tiny_tokenizer):
+    """One of another size: its perplexity, and the mixture at the α that is best on validation text, by hand."""
+    other = tmp_path / "other"
+    tiny_llama(layers=3, seed=4).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    result = compare(run.base, run.root / "run" / "memory", run.root / "run" / "corpus", tmp_path / "out",
+                     methods=["base"], other_bases=[other], general=run.root / "general.txt", **OPTIONS)  # fmt: skip
+    assert len(result.bases) == 2
+    own, found = result.bases
+    assert own.perplexity == result.entry("base").perplexity
+    assert own.with_memory == pytest.approx(run.result.entry("memory").perplexity, rel=1e-6)
+    memory = folder_of(run, "memory")
+    validation = [log_probs(folder, splits(run, "validation")) for folder in (other, memory)]
+    curve = {alpha: perplexity(mixed(*validation, alpha)) for alpha in ALPHAS}
+    assert curve[found.weight] == pytest.approx(min(curve.values()), rel=1e-5)
+    test = [log_probs(folder, splits(run, "test")) for folder in (other, memory)]
+    assert found.perplexity == pytest.approx(perplexity(test[0]), rel=1e-4)
+    assert found.with_memory == pytest.approx(perplexity(mixed(*test, found.weight)), rel=1e-4)
+    assert found.with_recommended == pytest.approx(perplexity(mixed(*test, found.recommended_weight)), rel=1e-4)
+    assert found.parameters == sum(p.numel() for p in tiny_llama(layers=3).parameters())
+    assert "other" in result.save(tmp_path / "files")["report"].read_text()
+
+
+def test_a_base_of_another_tokenizer_is_refused(run, tmp_path, tiny_llama, make_tokenizer):
+    tiny_llama(seed=4).save_pretrained(tmp_path / "other")
+    make_tokenizer(seed=3).save_pretrained(tmp_path / "other")
+    with pytest.raises(MemdecError, match="tokenizer"):
+        compare(run.base, run.root / "run" / "memory", run.root / "run" / "corpus", tmp_path / "out",
+                methods=["base"], other_bases=[tmp_path / "other"], **OPTIONS)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

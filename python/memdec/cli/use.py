@@ -57,6 +57,13 @@ def evaluate(
             "second-model,lm-memory,dapt+memory, or all: the memory's rivals are made, tuned and timed too."
         ),
     ] = None,
+    other_base: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Attach the memory, as it is, to this model of the same tokenizer too; may be repeated. A "
+            "table by base."
+        ),
+    ] = None,
     init: Annotated[
         str | None, typer.Option(help="For the rivals: what the memory started from; default: the base.")
     ] = None,
@@ -112,13 +119,14 @@ def evaluate(
         wanted = [m for m in METHODS if (m != "memory" or memory) and (m != "knn-lm" or datastore)]
     else:
         wanted = [part.strip() for part in compare.split(",") if part.strip()]
-    if set(wanted) - {*METHODS, "base+memory"}:
+    if other_base or set(wanted) - {*METHODS, "base+memory"}:
         compare_rivals(
             base,
             memory,
             text,
             out,
             wanted,
+            other_bases=other_base or [],
             init=init,
             datastore=datastore,
             distributions=distributions,
@@ -429,7 +437,7 @@ def print_comparison(result: ComparisonResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from memdec.evaluation.comparison_report import COLUMNS, caption, cells
+    from memdec.evaluation.comparison_report import BASE_COLUMNS, COLUMNS, base_cells, caption, cells
 
     content = json.loads(result.to_json())
     console = Console(highlight=False)
@@ -439,11 +447,19 @@ def print_comparison(result: ComparisonResult) -> None:
     for column in columns:
         table.add_column("" if column == "method" else column, justify="left" if column == "method" else "right")
     best = min(entry.perplexity for entry in result.entries)
-    for entry, row in zip(result.entries, content["entries"], strict=True):
+    for measured, row in zip(result.entries, content["entries"], strict=True):
         made = cells(row)
-        table.add_row(*(made[column] for column in columns), style="bold" if entry.perplexity == best else None)
+        table.add_row(*(made[column] for column in columns), style="bold" if measured.perplexity == best else None)
     console.print(table)
     console.print(caption(content), style="dim", markup=False)
+    if content["bases"]:
+        by_base = Table(title="The same memory on each base", box=box.SIMPLE_HEAD, pad_edge=False)
+        shown = [column for column in BASE_COLUMNS if console.width >= WIDE_TERMINAL or column != "95% interval"]
+        for column in shown:
+            by_base.add_column("" if column == "base" else column, justify="left" if column == "base" else "right")
+        for entry in content["bases"]:
+            by_base.add_row(*(base_cells(entry)[column] for column in shown))
+        console.print(by_base)
 
 
 WIDE_COMPARISON = 160  # columns of text that the whole table of a comparison needs

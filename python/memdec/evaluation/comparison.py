@@ -46,6 +46,7 @@ from memdec.evaluation.perplexity import HeldOutText, Protocol, join_documents, 
 from memdec.evaluation.rag import RagSettings, Retriever, rag_log_prob, tune_rag
 from memdec.evaluation.rivals import RIVALS, Budget, Rival, train_rivals
 from memdec.modeling.scoring import load_causal_lm, mixture_log_prob, perplexity, score_tokens, tune_alpha
+from memdec.modeling.tokenizers import compare as compare_tokenizers
 from memdec.modeling.tokenizers import load_tokenizer
 from memdec.pipeline.embed import default_device
 from memdec.pipeline.progress import progress
@@ -121,6 +122,37 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class BaseEntry:
+    """The same memory on one base, which nothing was trained for.
+
+    Attributes:
+        base: its name.
+        parameters: how many it has.
+        perplexity: of the base alone, test text.
+        with_memory: of base + memory, the weight tuned on validation text for this base.
+        relative: with_memory / perplexity − 1.
+        interval: 95% paired bootstrap interval of `relative`.
+        weight: that α.
+        recommended_weight: the memory's own α, tuned for the base that it was trained with.
+        with_recommended: of base + memory at that α.
+        general_perplexity: of the base alone, text outside the domain.
+        general_with_memory: of base + memory there.
+    """
+
+    base: str
+    parameters: int
+    perplexity: float
+    with_memory: float
+    relative: float
+    interval: tuple[float, float]
+    weight: float
+    recommended_weight: float
+    with_recommended: float
+    general_perplexity: float
+    general_with_memory: float
+
+
 @dataclass
 class ComparisonResult:
     """The table with everything that it was made from; ``to_json`` is the content of comparison.json."""
@@ -133,6 +165,7 @@ class ComparisonResult:
     entries: list[Entry]
     alpha_zero_is_base: bool  # on the general text, bit by bit
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # test perplexity over α, by method
+    bases: list[BaseEntry] = field(default_factory=list)  # the memory's own and others of its tokenizer
     log_probs: dict[str, Tensor] = field(default_factory=dict)  # "method/text"; not in the JSON
 
     def entry(self, method: str) -> Entry:
@@ -159,6 +192,7 @@ class ComparisonResult:
             "entries": [asdict(entry) for entry in self.entries],
             "alpha_zero_is_base": self.alpha_zero_is_base,
             "curves": self.curves,
+            "bases": [asdict(entry) for entry in self.bases],
         }
         return json.dumps(finite(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -229,6 +263,7 @@ def compare(
     out: str | Path,
     *,
     methods: Sequence[str] = METHODS,
+    other_bases: Sequence[str | Path] = (),
     init: str | Path | None = None,
     datastore: str | Path | None = None,
     distributions: str | Path | None = None,
@@ -257,6 +292,7 @@ def compare(
         corpus: the corpus that the memory was trained on; its test split is scored.
         out: folder whose ``rivals`` gets a folder for each training.
         methods: of `METHODS`; the base is always there, and "memory" gives the memory alone too.
+        other_bases: models with the same tokenizer that the memory is attached to as it is, for a table by base.
         init: what the memory started from; None is the base.
         datastore: for knn-lm; None is the ``datastore`` beside the memory.
         distributions: the memory's teacher; None is the ``distributions`` beside the memory.
@@ -297,6 +333,10 @@ def compare(
             "other. Build the corpus with other --fractions."
         )
     tokenizer = load_tokenizer(base)
+    for other in other_bases:
+        compare_tokenizers(
+            load_tokenizer(other), tokenizer, base_name=short_name(other), memory_name=short_name(memory)
+        )
     setting = _Setting(
         tokenizer=tokenizer,
         corpus=opened,
@@ -323,8 +363,10 @@ def compare(
     )
     rows = [name for name in LABELS if name in wanted or (name == "memory-alone" and "memory" in wanted)]
     scores = {"base": setting.score(base, "base")}
+    if other_bases:
+        scores["memory"] = setting.score(memory, LABELS["memory-alone"])
     needed = {name for row in rows for name in (ALONE.get(row), *MIXED.get(row, ())) if name and name != "base"}
-    for name in sorted(needed):
+    for name in sorted(needed - scores.keys()):
         scores[name] = setting.score(rivals[name].folder, LABELS.get(name, name))
     knn = _knn(setting, base, store, teacher, scores["base"]) if store is not None else None
     rag = _rag(setting, base, query_tokens, every) if "rag" in wanted else None
@@ -354,6 +396,10 @@ def compare(
         latencies = _latencies(
             setting, base, rivals, rows, weights, knn, rag, latency_tokens, latency_prompts, latency_repeats
         )
+    bases = [
+        _base_entry(setting, other, scores["base"] if other is base else None, scores["memory"], memory)
+        for other in ([base, *other_bases] if other_bases else [])
+    ]
     entries = [
         _entry(setting, row, found, weights[row], rivals, budget, knn, rag, latencies.get(row), base) for row in rows
     ]
@@ -378,6 +424,7 @@ def compare(
         entries=entries,
         alpha_zero_is_base=_alpha_zero_is_base(setting, base, memory, scores["base"]["general"]),
         curves=curves,
+        bases=bases,
         log_probs={f"{row}/{text}": part.float() for row, parts in found.items() for text, part in parts.items()},
     )
 
@@ -597,6 +644,37 @@ def _entry(
         training_seconds=sum(part.seconds for part in parts),
         training_flops=flops,
         settings=settings,
+    )
+
+
+def _base_entry(
+    setting: _Setting,
+    base: str | Path,
+    scored: dict[str, Tensor] | None,
+    memory: dict[str, Tensor],
+    folder: str | Path,
+) -> BaseEntry:
+    """The memory on one base; `scored` is given where the base was scored already."""
+    model = setting.load(base)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    del model
+    scores = setting.score(base, short_name(base)) if scored is None else scored
+    alpha, _ = tune_alpha(scores["validation"], memory["validation"])
+    recommended = read_memory_card(folder).alpha
+    mixed = {text: mixture_log_prob(scores[text], memory[text], alpha) for text in ("test", "general")}
+    alone, together = perplexity(scores["test"]), perplexity(mixed["test"])
+    return BaseEntry(
+        base=short_name(base),
+        parameters=parameters,
+        perplexity=alone,
+        with_memory=together,
+        relative=together / alone - 1,
+        interval=relative_interval(mixed["test"], scores["test"], setting.protocols["test"].document_of_row),
+        weight=alpha,
+        recommended_weight=recommended,
+        with_recommended=perplexity(mixture_log_prob(scores["test"], memory["test"], recommended)),
+        general_perplexity=perplexity(scores["general"]),
+        general_with_memory=perplexity(mixed["general"]),
     )
 
 

@@ -73,7 +73,33 @@ def markdown_table(comparison: dict[str, Any]) -> str:
         "",
         caption(comparison),
     ]
+    if comparison["bases"]:
+        made = [base_cells(entry) for entry in comparison["bases"]]
+        lines += [
+            "",
+            "| " + " | ".join(BASE_COLUMNS) + " |",
+            "| --- |" + " ---: |" * (len(BASE_COLUMNS) - 1),
+            *("| " + " | ".join(row[column] for column in BASE_COLUMNS) + " |" for row in made),
+        ]
     return "\n".join(lines) + "\n"
+
+
+BASE_COLUMNS = ("base", "parameters", "alone", "+ memory", "vs alone", "95% interval", "α", "at the memory's own α")
+
+
+def base_cells(entry: dict[str, Any]) -> dict[str, str]:
+    """The cells of one row of the table by base, as text, by column."""
+    low, high = entry["interval"]
+    return {
+        "base": entry["base"],
+        "parameters": count(entry["parameters"]),
+        "alone": number(entry["perplexity"]),
+        "+ memory": number(entry["with_memory"]),
+        "vs alone": percent(entry["relative"]),
+        "95% interval": f"{percent(low)} … {percent(high)}",
+        "α": f"{entry['weight']:.2f}",
+        "at the memory's own α": f"{number(entry['with_recommended'])} ({entry['recommended_weight']:.2f})",
+    }
 
 
 _LATEX = {
@@ -168,6 +194,8 @@ def render_comparison(comparison: dict[str, Any]) -> str:
             c=comparison,
             tables=[("How well it predicts", QUALITY), ("What it costs", COST)],
             rows=[(entry, cells(entry)) for entry in entries],
+            base_columns=BASE_COLUMNS,
+            base_rows=[base_cells(entry) for entry in comparison["bases"]],
             by_method=by_method,
             best=min(entries, key=lambda e: math.inf if e["perplexity"] is None else e["perplexity"])["method"],
             styles=STYLES,
