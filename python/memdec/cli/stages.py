@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memdec.cli.guard import guarded
+from memdec.cli.recipes import AsJson, DryRun, On, RecipeFile, Tokens, Utilisation, complete, estimate
 from memdec.errors import MemdecError
 
 Model = Annotated[str, typer.Argument(help="A causal LM: a transformers folder, a hub id, or a .gguf file.")]
@@ -128,6 +129,12 @@ def fit(
     eval_every: EvalEvery = None,
     save_every: SaveEvery = None,
     ablate: Ablate = None,
+    recipe: RecipeFile = None,
+    dry_run: DryRun = False,
+    on: On = "cpu",
+    tokens: Tokens = None,
+    utilisation: Utilisation = None,
+    as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -142,6 +149,7 @@ def fit(
       memdec fit path/to/model notes.jsonl --out run --context 512 --epochs 1 --max-tokens 100000
       memdec fit path/to/large-model text --init path/to/small-model --out run      a small memory for a large base
       memdec fit path/to/model text --out grid --ablate beta=0,0.5,1 --ablate epochs=1,3     which settings matter
+      memdec fit --recipe recipes/wikitext103-gpt2.toml --dry-run --on h100     what a published run would cost
     """
     from memdec.pipeline.fit import fit as run_fit
 
@@ -178,6 +186,12 @@ def fit(
         device=device,
         dtype=dtype,
     )
+    options = complete(recipe, options)
+    if dry_run or as_json:
+        if ablate:
+            raise MemdecError("--dry-run estimates one memory, --ablate makes several. Leave one of them out.")
+        estimate(model, source, recipe, options, on=on, tokens=tokens, utilisation=utilisation, as_json=as_json)
+        return
     if ablate:
         ablate_settings(model, source, out, ablate, options)
         return

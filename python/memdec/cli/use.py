@@ -11,6 +11,7 @@ import typer
 
 from memdec.cli import guard
 from memdec.cli.guard import guarded
+from memdec.cli.recipes import RecipeFile
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder for evaluation.json and report.html.")] = Path("evaluation"),
+    recipe: RecipeFile = None,
 ) -> None:
     """Measure base, kNN-LM, memory and base + memory on the same held-out tokens: a table, JSON and an HTML report.
 
@@ -109,6 +111,7 @@ def evaluate(
       memdec evaluate --base model --memory run/memory --text run/corpus --datastore run/datastore
       memdec evaluate --base model --memory run/memory --text held-out.txt --compare base,memory --out report
       memdec evaluate --base model --memory run/memory --text run/corpus --compare all --out comparison
+      memdec evaluate --recipe recipes/wikitext103-gpt2.toml
     """
     from memdec.evaluation.evaluate import METHODS, check_out
     from memdec.evaluation.evaluate import evaluate as measure
