@@ -444,11 +444,12 @@ def print_comparison(result: ComparisonResult) -> None:
 
     content = json.loads(result.to_json())
     console = Console(highlight=False)
-    narrow = ("method", "perplexity", "vs base", "α or λ", "general ppl", "latency", "kept")
+    narrow = ("method", "perplexity", "vs base", "α or λ", "general ppl", "latency")
     columns = [column for column in COLUMNS if console.width >= WIDE_COMPARISON or column in narrow]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column("" if column == "method" else column, justify="left" if column == "method" else "right")
+        is_name = column == "method"
+        table.add_column("" if is_name else column, justify="left" if is_name else "right", no_wrap=True)
     best = min(entry.perplexity for entry in result.entries)
     for measured, row in zip(result.entries, content["entries"], strict=True):
         made = cells(row)

@@ -66,7 +66,7 @@ LABELS = {
     "knn-lm": "kNN-LM",
     "dapt": "DAPT",
     "lora": "LoRA",
-    "second-model": "base + second model (plain)",
+    "second-model": "base + second model",
     "lm-memory": "base + LM-taught memory",
     "memory-alone": "memory alone",
     "memory": "base + memory",
