@@ -334,7 +334,7 @@ def test_what_cannot_be_retrieved_is_explained(tiny_run, documents, make_tokeniz
         plan_reads(retriever, tokens, [Window(0, 60, 0)], most_inputs=40)
     assert plan_reads(retriever, tokens, []) == []
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(MemdecError, match=r"pip install 'memdec\[rag\]'"):
+    with pytest.raises(MemdecError, match=r"pip install 'memdec\[rivals\]'"):
         Retriever(documents, tokenizer)
 
 
