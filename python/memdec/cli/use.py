@@ -171,12 +171,12 @@ def evaluate(
 
 def compare_rivals(base: str, memory: str | None, text: str, out: Path, wanted: list[str], **options: Any) -> None:
     """The comparison with rivals that are made here; ``--compare all`` names every one."""
+    from memdec.cli.stages import open_corpus
     from memdec.evaluation.comparison import METHODS, check_comparison_out, compare
-    from memdec.stores.corpus import Corpus
 
     if memory is None:
         raise MemdecError("To compare a memory with its rivals, say which: --memory RUN/memory.")
-    Corpus.open(text)  # a plain text has nothing to train the rivals on
+    open_corpus(Path(text))  # a plain text has nothing to train the rivals on
     check_comparison_out(out)
     methods = METHODS if "all" in wanted else wanted
     result = compare(base, memory, text, out, methods=methods, say=remark, **options)

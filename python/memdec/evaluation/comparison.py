@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from memdec.errors import MemdecError
-from memdec.evaluation.evaluate import check_out, environment, finite, folder_bytes, knn_settings, short_name
+from memdec.evaluation.evaluate import check_ours, environment, folder_bytes, json_text, knn_settings, short_name
 from memdec.evaluation.held_out import load_held_out
 from memdec.evaluation.knn_lm import KnnSettings, knn_log_prob
 from memdec.evaluation.latency import (
@@ -194,7 +194,7 @@ class ComparisonResult:
             "curves": self.curves,
             "bases": [asdict(entry) for entry in self.bases],
         }
-        return json.dumps(finite(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(content)
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """Write comparison.json, .html, .md, .tex and the log-probs to ``folder``; their paths by name."""
@@ -223,7 +223,7 @@ class ComparisonResult:
 
 def check_comparison_out(folder: str | Path) -> None:
     """Raise ``MemdecError`` where a comparison would write over files that are no earlier comparison's."""
-    check_out(folder, "comparison.json", "comparison.html", FORMAT)
+    check_ours(folder, ("comparison.json", "comparison.html"), FORMAT)
 
 
 @dataclass
@@ -240,9 +240,9 @@ class _Setting:
     device: str
     tell: Callable[[str], object]
 
-    def score(self, folder: str | Path, label: str) -> dict[str, Tensor]:
-        """Log-probs of one model on every text."""
-        model = self.load(folder)
+    def score(self, source: Any, label: str) -> dict[str, Tensor]:
+        """Log-probs of one model, a folder, hub id or loaded one, on every text."""
+        model = self.load(source)
         return {name: self.score_text(model, protocol, f"{label}, {name}") for name, protocol in self.protocols.items()}
 
     def score_text(self, model: Any, protocol: Protocol, label: str) -> Tensor:
@@ -252,8 +252,8 @@ class _Setting:
                 progress=advance,
             )  # fmt: skip
 
-    def load(self, folder: str | Path) -> Any:
-        return load_causal_lm(folder, dtype=self.dtype, device=self.device)
+    def load(self, source: Any) -> Any:
+        return load_causal_lm(source, dtype=self.dtype, device=self.device)
 
 
 def compare(
@@ -362,14 +362,17 @@ def compare(
         say=tell,
     )
     rows = [name for name in LABELS if name in wanted or (name == "memory-alone" and "memory" in wanted)]
-    scores = {"base": setting.score(base, "base")}
+    base_model = setting.load(base)  # once, for all that follows
+    scores = {"base": setting.score(base_model, "base")}
     if other_bases:
         scores["memory"] = setting.score(memory, LABELS["memory-alone"])
     needed = {name for row in rows for name in (ALONE.get(row), *MIXED.get(row, ())) if name and name != "base"}
     for name in sorted(needed - scores.keys()):
         scores[name] = setting.score(rivals[name].folder, LABELS.get(name, name))
-    knn = _knn(setting, base, store, teacher, scores["base"]) if store is not None else None
-    rag = _rag(setting, base, query_tokens, every) if "rag" in wanted else None
+    # Before decoding packs weights: the very model that was scored.
+    alpha_zero_is_base = _alpha_zero_is_base(setting, base_model, memory, scores["base"]["general"])
+    knn = _knn(setting, base_model, store, teacher, scores["base"]) if store is not None else None
+    rag = _rag(setting, base_model, query_tokens, every) if "rag" in wanted else None
 
     found: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, float | None] = {}
@@ -394,17 +397,19 @@ def compare(
     if latency_tokens:
         tell(f"Timing {latency_tokens} tokens of each method, turn about")
         latencies = _latencies(
-            setting, base, rivals, rows, weights, knn, rag, latency_tokens, latency_prompts, latency_repeats
+            setting, base_model, rivals, rows, weights, knn, rag, latency_tokens, latency_prompts, latency_repeats
         )
-    bases = [
-        _base_entry(setting, other, scores["base"] if other is base else None, scores["memory"], memory)
-        for other in ([base, *other_bases] if other_bases else [])
-    ]
-    entries = [
-        _entry(setting, row, found, weights[row], rivals, budget, knn, rag, latencies.get(row), base) for row in rows
-    ]
+    bases = []
+    if other_bases:
+        bases.append(_base_entry(setting, base, base_model, scores["base"], scores["memory"], memory))
+    for other in other_bases:
+        model = setting.load(other)
+        bases.append(
+            _base_entry(setting, other, model, setting.score(model, short_name(other)), scores["memory"], memory)
+        )
+    entries = [_entry(setting, row, found, weights[row], rivals, budget, knn, rag, latencies.get(row)) for row in rows]
     return ComparisonResult(
-        environment=environment(setting.load(base)),
+        environment=environment(base_model),
         models={
             "base": short_name(base),
             "memory": short_name(memory),
@@ -422,7 +427,7 @@ def compare(
         },
         budget={**asdict(budget), "total": budget.total},
         entries=entries,
-        alpha_zero_is_base=_alpha_zero_is_base(setting, base, memory, scores["base"]["general"]),
+        alpha_zero_is_base=alpha_zero_is_base,
         curves=curves,
         bases=bases,
         log_probs={f"{row}/{text}": part.float() for row, parts in found.items() for text, part in parts.items()},
@@ -489,14 +494,11 @@ class _Knn:
     log_probs: dict[str, Tensor]
 
 
-def _knn(
-    setting: _Setting, base: str | Path, folder: Path, teacher: DistributionStore, scores: dict[str, Tensor]
-) -> _Knn:
+def _knn(setting: _Setting, model: Any, folder: Path, teacher: DistributionStore, scores: dict[str, Tensor]) -> _Knn:
     store = Datastore.open(folder)
     # A teacher of another kind says nothing about the search.
     beside = teacher.folder if "temperature" in teacher.manifest.results else None
     settings = knn_settings(store, folder, beside)
-    model = setting.load(base)
     found: dict[str, Tensor] = {}
     for text, protocol in setting.protocols.items():
         with progress(protocol.num_scored, unit="tokens", label=f"Embedding {text} text") as advance:
@@ -521,8 +523,7 @@ class _Rag:
     log_probs: dict[str, Tensor]
 
 
-def _rag(setting: _Setting, base: str | Path, query_tokens: int, every: int) -> _Rag:
-    model = setting.load(base)
+def _rag(setting: _Setting, model: Any, query_tokens: int, every: int) -> _Rag:
     setting.tell("Choosing the passages of RAG on validation text")
     settings = tune_rag(
         model, setting.corpus, setting.tokenizer, context=setting.context, stride=setting.stride,
@@ -551,7 +552,7 @@ def _rag(setting: _Setting, base: str | Path, query_tokens: int, every: int) -> 
 
 def _latencies(
     setting: _Setting,
-    base: str | Path,
+    base: Any,
     rivals: dict[str, Rival],
     rows: Sequence[str],
     weights: dict[str, float | None],
@@ -565,22 +566,24 @@ def _latencies(
     base's own decoder with other weights, and are timed like any other."""
     from memdec.modeling.memory_model import MemoryModel
 
-    models = {"base": setting.load(base)}
+    models = {"base": base}
+
+    def model_of(name: str) -> Any:
+        if name not in models:
+            models[name] = setting.load(rivals[name].folder)
+        return models[name]
+
     decoders: dict[str, Decoder] = {}
     for row in rows:
         if row in ALONE:
-            name = ALONE[row]
-            models.setdefault(name, models["base"] if name == "base" else setting.load(rivals[name].folder))
-            decoders[row] = plain_decoder(models[name])
+            decoders[row] = plain_decoder(model_of(ALONE[row]))
         elif row in MIXED:
-            first, second = MIXED[row]
-            for name in (first, second):
-                models.setdefault(name, models["base"] if name == "base" else setting.load(rivals[name].folder))
-            pair = MemoryModel.from_pretrained(models[first], models[second], alpha=weights[row])
+            first, second = (model_of(name) for name in MIXED[row])
+            pair = MemoryModel.from_pretrained(first, second, alpha=weights[row])
             decoders[row] = memory_decoder(pair, "auto")
         elif row == "knn-lm" and knn is not None:
             decoders[row] = knn_decoder(
-                models["base"],
+                base,
                 Datastore.open(knn.folder),
                 k=knn.settings.k,
                 temperature=knn.settings.temperature,
@@ -588,7 +591,7 @@ def _latencies(
             )
         elif row == "rag" and rag is not None:
             decoders[row] = rag_decoder(
-                models["base"],
+                base,
                 rag.retriever,
                 query_tokens=rag.settings.query_tokens,
                 every=rag.settings.every,
@@ -611,7 +614,6 @@ def _entry(
     knn: _Knn | None,
     rag: _Rag | None,
     latency: LatencyFigure | None,
-    base: str | Path,
 ) -> Entry:
     ours, reference = found[row], found["base"]
     value, of_base = perplexity(ours["test"]), perplexity(reference["test"])
@@ -650,22 +652,19 @@ def _entry(
 def _base_entry(
     setting: _Setting,
     base: str | Path,
-    scored: dict[str, Tensor] | None,
+    model: Any,
+    scores: dict[str, Tensor],
     memory: dict[str, Tensor],
     folder: str | Path,
 ) -> BaseEntry:
-    """The memory on one base; `scored` is given where the base was scored already."""
-    model = setting.load(base)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    del model
-    scores = setting.score(base, short_name(base)) if scored is None else scored
+    """The memory on one base, by the log-probs of both."""
     alpha, _ = tune_alpha(scores["validation"], memory["validation"])
     recommended = read_memory_card(folder).alpha
     mixed = {text: mixture_log_prob(scores[text], memory[text], alpha) for text in ("test", "general")}
     alone, together = perplexity(scores["test"]), perplexity(mixed["test"])
     return BaseEntry(
         base=short_name(base),
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         perplexity=alone,
         with_memory=together,
         relative=together / alone - 1,
@@ -678,10 +677,10 @@ def _base_entry(
     )
 
 
-def _alpha_zero_is_base(setting: _Setting, base: str | Path, memory: str | Path, general: Tensor) -> bool:
+def _alpha_zero_is_base(setting: _Setting, base: Any, memory: str | Path, general: Tensor) -> bool:
     """Whether base + memory at α = 0 gives the very log-probs of the base on the text outside the domain."""
     from memdec.modeling.memory_model import MemoryModel
 
-    pair = MemoryModel.from_pretrained(setting.load(base), setting.load(memory), alpha=0.0)
+    pair = MemoryModel.from_pretrained(base, setting.load(memory), alpha=0.0)
     ours = setting.score_text(pair, setting.protocols["general"], "base + memory at α = 0, general")
     return bool(torch.equal(ours.nan_to_num(nan=math.inf), general.nan_to_num(nan=math.inf)))

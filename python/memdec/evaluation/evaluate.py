@@ -135,7 +135,7 @@ class EvaluationResult:
             "training": self.training,
             "notes": self.notes,
         }
-        return json.dumps(finite(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(content)
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """Write evaluation.json, report.html and token_log_probs.safetensors to ``folder``; their paths by name."""
@@ -159,19 +159,22 @@ class EvaluationResult:
         return paths
 
 
-def check_out(
-    folder: str | Path, figures: str = "evaluation.json", page: str = "report.html", of: str = FORMAT
-) -> None:
-    """Raise ``MemdecError`` where figures or a page would be written over files that are not ours, of format `of`."""
-    names = [name for name in (figures, page) if (Path(folder) / name).exists()]
-    if not names:
+def check_out(folder: str | Path) -> None:
+    """Raise ``MemdecError`` where an evaluation would write over files that are no earlier evaluation's."""
+    check_ours(folder, ("evaluation.json", "report.html"), FORMAT)
+
+
+def check_ours(folder: str | Path, names: Sequence[str], of: str) -> None:
+    """Raise ``MemdecError`` where one of the files `names` is there, and the first, JSON, is not of format `of`."""
+    found = [name for name in names if (Path(folder) / name).exists()]
+    if not found:
         return
     try:
-        ours = json.loads((Path(folder) / figures).read_bytes())["format"] == of
+        ours = json.loads((Path(folder) / names[0]).read_bytes())["format"] == of
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise MemdecError(f"{folder} has a {names[-1]} that memdec did not write. Choose another folder with --out.")
+        raise MemdecError(f"{folder} has a {found[-1]} that memdec did not write. Choose another folder with --out.")
 
 
 def evaluate(
@@ -361,7 +364,7 @@ def evaluate(
         measures=measures,
         alpha_curve=curve,
         copied_share=None if copied is None else float(copied.double().mean()),
-        training=_read_log(training_log, memory),
+        training=_training_rows(training_log, memory),
         notes=list(notes),
         log_probs={"tokens": held_out.tokens, **{name: parts[0].float() for name, parts in log_probs.items()}},
     )
@@ -571,12 +574,17 @@ def short_name(source: str | Path) -> str:
     return "/".join(path.resolve().parts[-2:]).lstrip("/") if path.exists() else str(source)
 
 
-def _read_log(training_log: str | Path | None, memory: str | Path | None) -> list[dict[str, Any]]:
-    """The rows of training's log.jsonl; [] where there is none."""
+def _training_rows(training_log: str | Path | None, memory: str | Path | None) -> list[dict[str, Any]]:
+    """The rows of the log named, else of the one in ``training`` beside the memory; [] where there is none."""
     path = Path(training_log) if training_log is not None else None
     if path is None and memory is not None:
         path = Path(memory).resolve().parent / "training" / "log.jsonl"
-    if path is None or not path.is_file():
+    return [] if path is None else read_log(path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of training's log.jsonl; [] where there is none."""
+    if not path.is_file():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -589,12 +597,17 @@ def _read_log(training_log: str | Path | None, memory: str | Path | None) -> lis
     return rows
 
 
-def finite(value: Any) -> Any:
+def json_text(content: Any) -> str:
+    """JSON with sorted keys, one value a line; numbers that are not finite become null."""
+    return json.dumps(_finite(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
     """The same structure with every number that JSON cannot hold replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): finite(part) for key, part in value.items()}
+        return {str(key): _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
+        return [_finite(part) for part in value]
     return value

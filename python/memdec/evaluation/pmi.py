@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from memdec.errors import MemdecError
-from memdec.evaluation.evaluate import environment, finite, short_name
+from memdec.evaluation.evaluate import check_ours, environment, json_text, short_name
 from memdec.evaluation.tasks import Task, TaskRows
 from memdec.modeling.memory_model import memory_folder
 from memdec.modeling.scoring import LOGITS_BUDGET, load_causal_lm, mixture_log_prob, vocabulary_width
@@ -512,7 +512,7 @@ class TasksResult:
             "tasks": [asdict(task) for task in self.tasks],
             "averages": self.averages(),
         }
-        return json.dumps(finite(content), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(content)
 
     def save(self, folder: str | Path) -> Path:
         """Write tasks.json to `folder`; its path."""
@@ -524,15 +524,7 @@ class TasksResult:
 
 def check_out(folder: str | Path) -> None:
     """Raise ``MemdecError`` where tasks.json in `folder` is none of ours."""
-    path = Path(folder) / FILE_NAME
-    if not path.exists():
-        return
-    try:
-        ours = json.loads(path.read_bytes())["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise MemdecError(f"{folder} has a {FILE_NAME} that memdec did not write. Choose another folder with --out.")
+    check_ours(folder, (FILE_NAME,), FORMAT)
 
 
 def evaluate_tasks(

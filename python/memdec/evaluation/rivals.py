@@ -16,7 +16,6 @@ A training lies in ``OUT/NAME`` as `memdec train` leaves it, so that one that wa
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from memdec.errors import MemdecError
+from memdec.evaluation.evaluate import read_log
 from memdec.modeling.scoring import load_causal_lm
+from memdec.modeling.structure import key_width, output_head
+from memdec.pipeline.batches import steps_in_epoch
+from memdec.pipeline.estimate import count_windows
 from memdec.pipeline.lora import adapted_maps, matched_rank, parameters_per_rank
 from memdec.pipeline.teachers import build_teacher
 from memdec.pipeline.train import LOG_NAME, files_fingerprint, train_memory
@@ -147,16 +150,12 @@ def training_settings(card: MemoryCard) -> dict[str, Any]:
 def rows_of(settings: dict[str, Any], steps: int, rows: int) -> int:
     """Predictions that so many steps learn from: of every epoch's last step no more than there are."""
     per_step = int(settings["batch_size"]) * int(settings["gradient_accumulation"])
-    each = int(settings["stride"] or int(settings["context"]) - 1)
-    windows = max(1, -(-rows // each))
-    epoch = max(1, -(-windows // per_step))
-    return round(steps / epoch * rows)
+    windows, _ = count_windows(rows + 1, int(settings["context"]), settings["stride"])
+    return round(steps / steps_in_epoch(windows, per_step) * rows)
 
 
 def matrix_parameters(model: Any) -> int:
     """Weights of the model's linear maps, its output head among them: those that a token is multiplied with."""
-    from memdec.modeling.structure import output_head
-
     head: Any = output_head(model)
     return sum(int(module.weight.numel()) for _, module in adapted_maps(model)) + int(head.weight.numel())
 
@@ -214,7 +213,7 @@ def train_rivals(
     memory_model = load_causal_lm(memory)
     memory_parameters = sum(parameter.numel() for parameter in memory_model.parameters())
     rows = corpus.split("train").num_rows
-    budget = memory_budget(card, base_model, memory_model, rows, key_width=key_width_of(base_model))
+    budget = memory_budget(card, base_model, memory_model, rows, key_width=key_width(base_model))
     rivals = {"memory": finished("memory", Path(memory).resolve().parent, memory_parameters, budget.total, {})}
     weights = {"base": matrix_parameters(base_model), "memory": matrix_parameters(memory_model)}
     rank = matched_rank(base_model, memory_parameters)
@@ -262,25 +261,12 @@ def train_rivals(
     return rivals, budget
 
 
-def key_width_of(model: Any) -> int:
-    """Numbers in a key of the model's."""
-    from memdec.modeling.structure import key_width
-
-    return int(key_width(model))
-
-
 def finished(method: str, folder: Path, trained: int, flops: float, settings: dict[str, Any]) -> Rival:
     """A training that has ended, read from its folder; `folder` holds ``memory`` and ``training``."""
     card = read_memory_card(folder / "memory")
-    seconds, steps = 0.0, int(card.provenance.get("total_steps", 0))
-    log = folder / "training" / LOG_NAME
-    if log.is_file():
-        logged = 0
-        for line in log.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if "seconds" in row:
-                seconds, logged = seconds + float(row["seconds"]), logged + 1
-        seconds *= steps / max(logged, 1)  # long trainings log every few steps
+    steps = int(card.provenance.get("total_steps", 0))
+    logged = [float(row["seconds"]) for row in read_log(folder / "training" / LOG_NAME) if "seconds" in row]
+    seconds = sum(logged) * steps / max(len(logged), 1)  # long trainings log every few steps
     kept = sum(file.stat().st_size for file in (folder / "memory").glob("*.safetensors"))
     if "lora_rank" in settings:
         kept = 2 * trained  # the adapters as bfloat16, not the merged weights that lie here
