@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="blocks of the base's 30")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--beta", type=float, default=0.5, help="weight of the retriever; 0 is plain fine-tuning")
     options = parser.parse_args()
 
     base = smollm2_folder(default_cache_dir())
@@ -42,6 +43,7 @@ def main() -> None:
         layers=options.layers,
         epochs=options.epochs,
         learning_rate=options.learning_rate,
+        beta=options.beta,
         batch_size=1,
         eval_every=100,
         validation_tokens=4096,

@@ -319,6 +319,21 @@ def test_a_first_try_that_came_to_nothing_does_not_bar_the_second(memdec, capsys
     assert "layers was 1, now 2" in complaint(capsys)
 
 
+def test_a_run_and_a_stage_are_no_models(memdec, capsys, tiny_model_dir, text_dir, tmp_path):
+    run = tmp_path / "run"
+    assert fit(memdec, tiny_model_dir, text_dir, run) == 0
+    capsys.readouterr()
+    for command in (["generate", "The"], ["evaluate", "--text", str(run / "corpus"), "--out", str(tmp_path / "out")]):
+        for given, said in ((run, f"it made is {run / 'memory'}"), (run / "corpus", "")):
+            assert memdec(command[0], "--base", str(tiny_model_dir), "--memory", str(given), *command[1:]) == 1
+            assert said in complaint(capsys)
+
+
+def test_an_unknown_way_to_decode_is_refused_before_loading(memdec, capsys, tiny_model_dir):
+    assert memdec("generate", "--base", str(tiny_model_dir), "--memory", "none", "--decoding", "foo", "The") == 1
+    assert "speculative" in complaint(capsys)
+
+
 # -- what memdec made --------------------------------------------------------------------------------------------------
 
 

@@ -220,7 +220,7 @@ def test_falling_back_says_why(model: MemoryModel, caplog: pytest.LogCaptureFixt
         ({"do_sample": True, "typical_p": 0.5}, "logits processors other than"),
         ({"return_dict_in_generate": True}, "more than the tokens"),
         ({"cache_implementation": "static"}, "a kind of cache"),
-        ({"past_key_values": model.new_cache()}, "past_key_values was given"),
+        ({"past_key_values": model.new_cache()}, "a cache was given"),
         ({"use_cache": False}, "use_cache is off"),
         ({"input_ids": two, "stopping_criteria": [lambda i, s, **_: torch.zeros(len(i)).bool()]}, "of one's own"),
         ({"input_ids": two, "max_time": 100.0}, "no end-of-text token to pad behind"),

@@ -55,8 +55,9 @@ def tiny_run(tmp_path_factory, tiny_tokenizer, tiny_llama, tiny_model_dir) -> Ti
     memory_model = tiny_llama(seed=5)
     memory_model.save_pretrained(root / "memory")
     tiny_tokenizer.save_pretrained(root / "memory")
-    write_memory_card(root / "memory", MemoryCard(TinyRun.alpha, fingerprint(tiny_tokenizer), 384, {"base": "tiny"}))
     corpus = build_corpus(root / "text", str(tiny_model_dir), root / "corpus", fractions=(0.6, 0.2, 0.2))
+    made_of = {"base": "tiny", "corpus": corpus.manifest.checksum}
+    write_memory_card(root / "memory", MemoryCard(TinyRun.alpha, fingerprint(tiny_tokenizer), 384, made_of))
     build_datastore(
         str(tiny_model_dir),
         corpus,

@@ -13,6 +13,7 @@ from memdec.errors import MemdecError
 from memdec.evaluation.charts import number
 from memdec.evaluation.evaluate import evaluate, pieces_of
 from memdec.evaluation.held_out import load_held_out
+from memdec.evaluation.report import render_report
 from memdec.stores.manifest import Manifest
 
 ALPHA, CONTEXT = 0.35, 48  # as tests/evaluation/conftest.py has it
@@ -144,6 +145,17 @@ def test_continuations_are_greedy_choices_of_base_and_of_mixture(result, tiny_ru
                 break
         assert entry[name] == tiny_run.tokenizer.decode(stream[len(ids) :], skip_special_tokens=True), name
     assert all("truth" in entry for entry in result.generations[1:])
+
+
+def test_only_the_corpus_that_the_memory_was_made_of_is_called_unseen(result, tiny_run, tmp_path):
+    """The same words as a file: nothing says whether training had them, and the page does not say so either."""
+    unseen = "neither the datastore nor the memory has seen"
+    assert result.text["unseen"] and unseen in render_report(json.loads(result.to_json()))
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_run.tokenizer.decode(load_held_out(tiny_run.corpus, tiny_run.tokenizer).tokens))
+    found = evaluate(tiny_run.base, tiny_run.memory, text, compare=("memory",), context=CONTEXT, stride=STRIDE,
+                     dtype="float32", device="cpu", per_document=False)  # fmt: skip
+    assert not found.text["unseen"] and unseen not in render_report(json.loads(found.to_json()))
 
 
 @pytest.fixture

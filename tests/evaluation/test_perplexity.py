@@ -141,6 +141,11 @@ def test_interval_of_few_documents_uses_blocks():
     assert low == pytest.approx(math.expm1(-0.5)) and high == pytest.approx(math.expm1(-0.5))
 
 
+def test_one_block_has_no_interval():
+    reference = torch.full((200,), -2.0)
+    assert pp.relative_interval(reference + 0.5, reference, torch.zeros(200, dtype=torch.int64)) is None
+
+
 def test_first_tokens_prefers_whole_documents():
     text = make_text([9, 19, 29])  # 10, 20 and 30 tokens with their ends
     assert text.first_tokens(1000) is text

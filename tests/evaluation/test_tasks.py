@@ -239,3 +239,19 @@ def test_braces_in_a_row_are_text():
     labels = (Label("a", ("x",)), Label("b", ("y",)))
     task = Task("t", "T", "{text} {{so}} it is", " it is", labels).check()
     assert task.prompt({"text": "{label} {0.__class__}"}) == "{label} {0.__class__} {so} it is"
+
+
+@pytest.mark.parametrize("name", ["../escape", "/tmp/escape", "a\0b", "x" * 400, ".hidden", ""])
+def test_a_name_that_would_leave_the_folder_is_refused(tmp_path, name):
+    header = {"task": name, "template": "{text}", "premise": " So", "labels": {"a": ["a"], "b": ["b"]}}
+    rows = [header, *({"text": str(i), "label": "a"} for i in range(4))]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(MemdecError, match="name has letters"):
+        read_task_file(tmp_path / "task.jsonl")
+
+
+def test_a_line_separator_within_a_string_is_no_end_of_line(tmp_path):
+    rows = [{"task": "sst2"}, *({"text": f"good\u2028{i}", "label": 1} for i in range(4))]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "task.jsonl").write_text(text, encoding="utf-8")
+    assert "good\u2028" in read_task_file(tmp_path / "task.jsonl").test[0].prompt

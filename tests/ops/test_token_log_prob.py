@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from memdec import ops
+from memdec import SparseDistributions, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -120,3 +120,23 @@ def test_opcheck_and_compile(device):
     (grad,) = torch.autograd.grad(compiled(logits).sum(), logits)
     (wanted,) = torch.autograd.grad((ops.token_log_prob(logits, targets) * 2).sum(), logits)
     torch.testing.assert_close(grad, wanted)
+
+
+def test_a_tensor_whose_memory_was_freed_is_refused():
+    """Shards and offloaded weights lose their storage; reading them would end the process."""
+    freed = torch.randn(4, 100)
+    freed.untyped_storage().resize_(0)
+    labels = torch.zeros(4, dtype=torch.long)
+    teacher = SparseDistributions(torch.arange(5), torch.zeros(4, dtype=torch.int32), torch.ones(4), 100)
+    calls = [
+        lambda: ops.token_log_prob(freed, labels),
+        lambda: ops.interpolate(torch.randn(4, 100), freed, 0.5),
+        lambda: ops.alignment_loss(freed, labels, teacher),
+        lambda: ops.aggregate_neighbors(freed, labels[:, None].expand(4, 100), temperature=1.0, vocab_size=10),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="memory was freed"):
+            call()
+    teacher.probs.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"teacher.probs: the tensor's memory was freed"):
+        ops.alignment_loss(torch.randn(4, 100), labels, teacher)

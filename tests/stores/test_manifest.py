@@ -1,5 +1,6 @@
 """The manifest: resuming, refusing, and finding any change of any byte."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from memdec import MemdecError
 from memdec.stores import manifest as manifests
-from memdec.stores.manifest import Manifest
+from memdec.stores.manifest import Manifest, to_checked_text
 from memdec.stores.tensors import write_tensors
 from memdec.stores.verify import verify
 
@@ -145,3 +146,26 @@ def test_a_folder_of_artefacts_is_verified_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "distributions/shard-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     assert verify(tmp_path) == ["distributions/shard-00000.safetensors is damaged: its checksum differs"]
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        {"name": "a\0b", "bytes": 1, "sha256": "0", "rows": 1},
+        {"name": "x" * 300, "bytes": 1, "sha256": "0", "rows": 1},
+        {"name": "a", "bytes": 1, "sha256": "0", "rows": -5},
+        {"name": "a", "bytes": 1, "sha256": "0", "rows": 1e300},
+        {"name": "a", "bytes": 1e999, "sha256": "0", "rows": 1},
+    ],
+)
+def test_a_manifest_signed_anew_with_values_that_cannot_be(tmp_path, shard):
+    """Whoever edits it and makes a new checksum gets a message, and no other exception."""
+    manifest = Manifest("memdec.corpus", 1, complete=True)
+    content = {**manifest._content(), "shards": [shard]}
+    if shard["bytes"] == 1e999:
+        text = json.dumps({**content, "checksum": ""}).replace("Infinity", "1e999")
+    else:
+        text = to_checked_text(content)
+    (tmp_path / "manifest.json").write_text(text)
+    with contextlib.suppress(MemdecError):
+        assert verify(tmp_path)  # a name that no file has is a file that is missing

@@ -1,11 +1,13 @@
 """The memory's card: what it says, and that a changed byte of weights or card is found."""
 
 import contextlib
+import json
 from pathlib import Path
 
 import pytest
 
 from memdec import MemdecError
+from memdec.stores.manifest import to_checked_text
 from memdec.stores.memory import MemoryCard, is_memory, read_memory_card, write_memory_card, write_model_card
 from memdec.stores.verify import verify
 
@@ -51,3 +53,18 @@ def test_a_plain_model_is_no_memory(tmp_path: Path) -> None:
         read_memory_card(tmp_path)
     with pytest.raises(MemdecError, match="alpha"):
         write_memory_card(tmp_path, MemoryCard(1.5, "abc", 3))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"alpha": "x"}, {"alpha": 7}, {"vocab_size": "q"}, {"provenance": []}, {"files": "x"}, {"files": {"a": 5}},
+     {"files": {"../../x": {"bytes": 1, "sha256": ""}}}],
+)  # fmt: skip
+def test_a_card_signed_anew_with_values_that_cannot_be(tmp_path: Path, wrong: dict) -> None:
+    folder = make(tmp_path / "memory")
+    content = json.loads((folder / "memory_config.json").read_text())
+    del content["checksum"]
+    (folder / "memory_config.json").write_text(to_checked_text({**content, **wrong}))
+    for read in (read_memory_card, verify):
+        with pytest.raises(MemdecError, match="damaged"):
+            read(folder)

@@ -385,7 +385,7 @@ def train(
     stride: Annotated[int | None, typer.Option(help="How far windows are apart; default: as in the datastore.")] = None,
     learning_rate: Rate = 1e-4,
     schedule: Schedule = "cosine",
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the order of the windows, and of dropout.")] = 0,
     eval_every: EvalEvery = None,
     save_every: SaveEvery = None,
     device: Device = None,
@@ -519,9 +519,8 @@ def open_corpus(folder: Path) -> Any:
 
     if not (folder / MANIFEST_NAME).is_file():
         raise MemdecError(
-            f"{folder} is no corpus of memdec's. Make one with `memdec corpus MODEL SOURCE --out {folder}`, or run "
-            "all stages "
-            "with `memdec fit`."
+            f"{folder} is no corpus of memdec's. Make one of it with `memdec corpus MODEL {folder} --out run/corpus` "
+            "and give that, or run all stages with `memdec fit`."
         )
     return Corpus.open(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from memdec.evaluation.comparison import ComparisonResult
     from memdec.evaluation.evaluate import EvaluationResult
 
+NOT_UTF8 = "The prompt is not UTF-8. Convert it, for example with iconv -t UTF-8."
 LEAST_TEMPERATURE = 0.001  # below, logits over it leave the range of float32
 
 Base = Annotated[str, typer.Option("--base", help="The base model: a folder, a hub id, or a .gguf file.")]
@@ -159,7 +161,7 @@ def evaluate(
         batch_size=batch_size,
         dtype=dtype,
         device=device,
-        prompts=prompt or [],
+        prompts=[as_utf8(one) for one in prompt or []],
         held_out_prompts=samples,
         new_tokens=new_tokens,
         say=remark,
@@ -220,7 +222,7 @@ def generate(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens with this mass.")
     ] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many likeliest tokens; 0 is all.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Draw from so many likeliest tokens; 0 is all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random draws.")] = 0,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", help="Show also what the base alone writes.")] = False,
     decoding: Annotated[
@@ -241,12 +243,14 @@ def generate(
       memdec generate --base model --memory run/memory --alpha 0.3 --temperature 0.8 --seed 7 - < prompt.txt
     """
     from memdec.evaluation.side_by_side import stream
+    from memdec.modeling.memory_model import DECODINGS
 
+    if decoding not in DECODINGS:
+        raise MemdecError(f"--decoding is {decoding!r}; wanted one of {', '.join(DECODINGS)}.")
     if draft_tokens is not None and decoding != "speculative":
         raise MemdecError(f"--draft-tokens goes with --decoding speculative; got --decoding {decoding}.")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise MemdecError(f"--alpha {alpha}: wanted a weight from 0 (the base alone) to 1 (the memory alone).")
-    if not (temperature == 0 or temperature >= LEAST_TEMPERATURE):
+    check_alpha(alpha)
+    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
         raise MemdecError(
             f"--temperature {temperature}: wanted 0 (the likeliest token) or {LEAST_TEMPERATURE} and more."
         )
@@ -272,6 +276,12 @@ def generate(
     )
 
 
+def check_alpha(alpha: float | None) -> None:
+    """Raise ``MemdecError`` for a weight that is none."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise MemdecError(f"--alpha {alpha}: wanted a weight from 0 (the base alone) to 1 (the memory alone).")
+
+
 def _prompt_text(prompt: str) -> str:
     """The prompt, or what standard input holds, as text.
 
@@ -279,11 +289,22 @@ def _prompt_text(prompt: str) -> str:
         MemdecError: it is no UTF-8.
     """
     try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode("utf-8")  # bytes that are none may have come in as lone surrogates
-    except UnicodeError:
-        raise MemdecError("The prompt is not UTF-8. Convert it, for example with iconv -t UTF-8.") from None
-    return text
+        return as_utf8(sys.stdin.read() if prompt == "-" else prompt)
+    except UnicodeDecodeError:
+        raise MemdecError(NOT_UTF8) from None
+
+
+def as_utf8(prompt: str) -> str:
+    """The same, if it is text: bytes that are none may have come in as lone surrogates.
+
+    Raises:
+        MemdecError: it is no UTF-8.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise MemdecError(NOT_UTF8) from None
+    return prompt
 
 
 @guarded()
@@ -320,6 +341,7 @@ def bench_decode(
 
     from memdec import MemoryModel
     from memdec.decoding.bench import measure
+    from memdec.evaluation.side_by_side import new_tokens_that_fit
     from memdec.pipeline.embed import default_device
     from memdec.stores.atomic import write_file
 
@@ -328,10 +350,19 @@ def bench_decode(
     gammas = [int(part) for part in draft_tokens.split(",")]
     if not text.is_file():
         raise MemdecError(f"--text: there is no file {text}.")
+    try:
+        sample = text.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise MemdecError(f"--text {text}: the file is not UTF-8 text.") from None
+    check_alpha(alpha)
+    if out is not None and out.is_dir():
+        raise MemdecError(f"--out {out} is a folder; wanted the name of a file for the figures.")
     model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=device or default_device())
-    ids = torch.tensor(model.tokenizer(text.read_text("utf-8"), add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(model.tokenizer(sample, add_special_tokens=False)["input_ids"])
     if len(ids) < prompt_tokens:
         raise MemdecError(f"{text} has {len(ids)} tokens, fewer than one prompt of {prompt_tokens}.")
+    if new_tokens_that_fit(model, prompt_tokens, new_tokens) < new_tokens:
+        raise MemdecError(f"--new-tokens {new_tokens}: the models have no positions for so many behind the prompt.")
     places = torch.linspace(0, len(ids) - prompt_tokens, samples).long().tolist()
     prompts = [ids[None, at : at + prompt_tokens].to(model.device) for at in places]
     speed = measure(
@@ -481,7 +512,8 @@ def print_result(result: EvaluationResult) -> None:
     settings = result.settings
     console = Console(highlight=False)
     table = Table(
-        title=f"{result.text['tokens']:,} held-out tokens, {result.text['documents']:,} documents",
+        title=f"{result.text['tokens']:,} {'held-out ' if result.text['unseen'] else ''}tokens, "
+        f"{result.text['documents']:,} document{'' if result.text['documents'] == 1 else 's'}",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -13,6 +13,7 @@ from memdec.decoding.packing import packed_linears
 from memdec.decoding.plan import FIRST_DRAFT, Estimates
 from memdec.decoding.support import warpers_of, why_not
 from memdec.errors import MemdecError
+from memdec.modeling.cache import GENERATION_CACHE
 from memdec.modeling.memory_model import Decode
 
 LOGGER = logging.getLogger(__name__)
@@ -46,9 +47,10 @@ def run(
 ) -> tuple[Tensor, Decode] | str:
     """The continued rows with what was done, or why transformers' own loop has to do it."""
     reason = why_not(model, input_ids.shape[0], processors, criteria, config, streamer, inputs)
-    own = request.given & {"past_key_values", "position_ids"}
+    own = request.given & {GENERATION_CACHE, "position_ids"}
     if own:
-        reason = f"{', '.join(sorted(own))} was given"
+        names = ("a cache" if name == GENERATION_CACHE else name for name in sorted(own))
+        reason = f"{', '.join(names)} was given"
     max_length = min(length for length in (criteria.max_length, config.max_length) if length is not None)
     short = _short_memory(model, max_length)
     if reason is None and short and request.decoding == "auto":

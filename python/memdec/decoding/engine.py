@@ -25,8 +25,9 @@ from memdec.decoding.cache import rollback_cache
 from memdec.decoding.plan import Estimates
 from memdec.decoding.support import Warpers
 from memdec.errors import MemdecError
+from memdec.modeling.cache import cache_name
 from memdec.modeling.memory_model import Decode, takes
-from memdec.modeling.structure import input_device
+from memdec.modeling.structure import bare, input_device
 from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
 
 ROOM = 256  # tokens of room in a cache beyond the prompt, before it grows
@@ -38,6 +39,7 @@ class Reader:
     def __init__(self, model: Any, room: int, vocab_size: int) -> None:
         self.model = model
         self.cache = rollback_cache(model, room)
+        self.cache_name = cache_name(bare(model).forward)
         self.vocab_size = vocab_size
         self.device = input_device(model)
         self.takes_positions = takes(model, "position_ids")
@@ -45,7 +47,7 @@ class Reader:
 
     def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, *, last_only: bool = False) -> Tensor:
         """Logits (B, n, V) after each of the tokens (B, n); `mask` covers all that the cache then holds."""
-        given: dict[str, Any] = {"input_ids": tokens.to(self.device), "past_key_values": self.cache, "use_cache": True}
+        given: dict[str, Any] = {"input_ids": tokens.to(self.device), self.cache_name: self.cache, "use_cache": True}
         if mask is not None:
             given["attention_mask"] = mask.to(self.device)
         if self.takes_positions:

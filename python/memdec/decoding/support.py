@@ -20,13 +20,14 @@ from transformers.generation.stopping_criteria import (
 )
 
 from memdec.decoding.cache import can_roll_back
+from memdec.modeling.cache import GENERATION_CACHE
 
 ORDER = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, LogitNormalization)
 # Whose answer for a row is a matter of that row.
 ROW_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 WANTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # `tokenizer` is that of stop strings, which arrive as criteria.
-KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "tokenizer"}
+KNOWN_INPUTS = {"attention_mask", "position_ids", GENERATION_CACHE, "use_cache", "logits_to_keep", "tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def why_not(
     unknown = {name for name, value in inputs.items() if value is not None} - KNOWN_INPUTS
     if unknown:
         return f"further model inputs: {', '.join(sorted(unknown))}"
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(GENERATION_CACHE)
     if cache is not None and int(cache.get_seq_length()) > 0:
         return "the text goes on from a cache"
     if warpers_of(processors) is None:

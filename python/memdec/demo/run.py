@@ -8,6 +8,7 @@ written whole or not at all.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from memdec.demo.model import MODEL_LABEL, default_cache_dir, smollm2_folder
 from memdec.demo.plan import MINUTES, measure_speeds, plan, recall_size, remember_size, tokens_within
 from memdec.demo.text import transformers_docstrings, write_documents
 from memdec.errors import MemdecError
+from memdec.stores.atomic import write_file
 
 if TYPE_CHECKING:
     from memdec.evaluation.evaluate import EvaluationResult
@@ -145,15 +147,18 @@ def domain_text(out: Path, max_tokens: int, say: Callable[[str], object]) -> tup
     Raises:
         MemdecError: ``out`` cannot be written to.
     """
-    folder = out / "text"
-    text = transformers_docstrings(int(max_tokens * CHARACTERS_PER_TOKEN))
-    share = text.docstrings_dropped / max(text.docstrings_found, 1)
-    say(
-        f"     {len(text.documents)} documents, one for each model folder; {text.characters:,} characters; "
-        f"{share:.0%} of the "
-        "docstrings were near copies of others and were dropped."
-    )
-    if not folder.exists():
+    folder, record = out / "text", out / "text.json"
+    if folder.exists() and record.is_file():  # perhaps of another transformers than the one of today
+        facts = json.loads(record.read_text(encoding="utf-8"))
+    else:
+        text = transformers_docstrings(int(max_tokens * CHARACTERS_PER_TOKEN))
+        facts = {
+            "transformers": text.transformers_version,
+            "documents": len(text.documents),
+            "characters": text.characters,
+            "docstrings": text.docstrings_found,
+            "dropped": text.docstrings_dropped,
+        }
         try:
             out.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=".text.", dir=out))
@@ -161,15 +166,21 @@ def domain_text(out: Path, max_tokens: int, say: Callable[[str], object]) -> tup
         except OSError as error:
             raise MemdecError(f"Cannot write to {out}: {error.strerror}. Choose another folder with --out.") from error
         try:
-            write_documents(text, scratch)
-            os.replace(scratch, folder)
+            if not folder.exists():
+                write_documents(text, scratch)
+                write_file(record, json.dumps(facts, indent=1).encode())
+                os.replace(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    say(
+        f"     {facts['documents']} documents, one for each model folder; {facts['characters']:,} characters; "
+        f"{facts['dropped'] / max(facts['docstrings'], 1):.0%} of the docstrings were near copies of others and were "
+        "dropped."
+    )
     return folder, [
-        f"The text is the docstrings of transformers {text.transformers_version} for models of 2025 and later. A "
-        "document is one "
-        f"model's folder, so all that is said of a model is on one side of the split; {text.docstrings_dropped:,} of "
-        f"{text.docstrings_found:,} docstrings, near copies of earlier ones, were left out."
+        f"The text is the docstrings of transformers {facts['transformers']} for models of 2025 and later. A document "
+        "is one model's folder, so all that is said of a model is on one side of the split; "
+        f"{facts['dropped']:,} of {facts['docstrings']:,} docstrings, near copies of earlier ones, were left out."
     ]
 
 

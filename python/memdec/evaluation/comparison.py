@@ -43,12 +43,13 @@ from memdec.evaluation.latency import (
     rag_decoder,
 )
 from memdec.evaluation.perplexity import HeldOutText, Protocol, join_documents, relative_interval, sliding_protocol
-from memdec.evaluation.rag import RagSettings, Retriever, rag_log_prob, tune_rag
+from memdec.evaluation.rag import RagSettings, Retriever, load_bm25s, rag_log_prob, tune_rag
 from memdec.evaluation.rivals import RIVALS, Budget, Rival, train_rivals
 from memdec.modeling.scoring import load_causal_lm, mixture_log_prob, perplexity, score_tokens, tune_alpha
 from memdec.modeling.tokenizers import compare as compare_tokenizers
 from memdec.modeling.tokenizers import load_tokenizer
 from memdec.pipeline.embed import default_device
+from memdec.pipeline.lora import load_peft
 from memdec.pipeline.progress import progress
 from memdec.stores.atomic import make_folder, write_file
 from memdec.stores.corpus import Corpus
@@ -92,7 +93,7 @@ class Entry:
         label: its name for people.
         perplexity: of the test text.
         relative: perplexity / base perplexity − 1.
-        interval: 95% paired bootstrap interval of `relative`, over documents; None for the base.
+        interval: 95% paired bootstrap interval of `relative`, over documents; None for the base and short texts.
         validation_perplexity: of the validation text, where what is mixed was tuned; None for the retrievers.
         weight: α or λ of what is mixed with the base, None for what stands alone.
         general_perplexity: of the text outside the domain.
@@ -132,7 +133,7 @@ class BaseEntry:
         perplexity: of the base alone, test text.
         with_memory: of base + memory, the weight tuned on validation text for this base.
         relative: with_memory / perplexity − 1.
-        interval: 95% paired bootstrap interval of `relative`.
+        interval: 95% paired bootstrap interval of `relative`; None of a text too short.
         weight: that α.
         recommended_weight: the memory's own α, tuned for the base that it was trained with.
         with_recommended: of base + memory at that α.
@@ -145,7 +146,7 @@ class BaseEntry:
     perplexity: float
     with_memory: float
     relative: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     weight: float
     recommended_weight: float
     with_recommended: float
@@ -332,6 +333,11 @@ def compare(
             f"{corpus} has no validation or no test text, and the rivals are tuned on the one and measured on the "
             "other. Build the corpus with other --fractions."
         )
+    # What is not installed is said before hours of training.
+    if "rag" in wanted:
+        load_bm25s()
+    if "lora" in wanted:
+        load_peft()
     tokenizer = load_tokenizer(base)
     for other in other_bases:
         compare_tokenizers(
@@ -511,7 +517,7 @@ def _knn(setting: _Setting, model: Any, folder: Path, teacher: DistributionStore
                 temperature=settings.temperature,
                 batch_size=setting.batch_size,
                 progress=advance,
-            )
+            ).log_prob
         found[text] = mixture_log_prob(scores[text], near, settings.weight)
     return _Knn(settings, folder, found)
 

@@ -89,14 +89,14 @@ BASE_COLUMNS = ("base", "parameters", "alone", "+ memory", "vs alone", "95% inte
 
 def base_cells(entry: dict[str, Any]) -> dict[str, str]:
     """The cells of one row of the table by base, as text, by column."""
-    low, high = entry["interval"]
+    interval = entry["interval"]
     return {
         "base": entry["base"],
         "parameters": count(entry["parameters"]),
         "alone": number(entry["perplexity"]),
         "+ memory": number(entry["with_memory"]),
         "vs alone": percent(entry["relative"]),
-        "95% interval": f"{percent(low)} … {percent(high)}",
+        "95% interval": "–" if interval is None else f"{percent(interval[0])} … {percent(interval[1])}",
         "α": f"{entry['weight']:.2f}",
         "at the memory's own α": f"{number(entry['with_recommended'])} ({entry['recommended_weight']:.2f})",
     }
@@ -151,13 +151,14 @@ def caption(comparison: dict[str, Any]) -> str:
     """What the table was measured on and with, in a few lines."""
     texts, settings, facts = comparison["texts"], comparison["settings"], comparison["environment"]
     budget = comparison["budget"]
+    commit = f", commit {facts['commit']}" if facts.get("commit") else ""
     return (
         f"{texts['test']['scored']:,} tokens of {texts['test']['documents']:,} held-out documents of "
         f"{texts['test']['source']}; sliding window {settings['context']}/{settings['stride']}; tuned on "
         f"{texts['validation']['scored']:,} tokens of validation text; general text: {texts['general']['source']}, "
         f"{texts['general']['scored']:,} tokens. Base {comparison['models']['base']}, {facts.get('dtype')}, "
         f"{facts.get('threads')} threads, torch {facts.get('torch')}, transformers {facts.get('transformers')}, memdec "
-        f"{facts.get('memdec')}, commit {facts.get('commit')}. Greatest budget {budget['total']:.2e} operations (the "
+        f"{facts.get('memdec')}{commit}. Greatest budget {budget['total']:.2e} operations (the "
         f"memory's: datastore {budget['datastore']:.1e}, search {budget['search']:.1e}, training "
         f"{budget['training']:.1e}). Latency: {settings['latency']['new_tokens']} tokens, over the base of this run."
     )

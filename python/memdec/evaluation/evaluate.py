@@ -166,7 +166,12 @@ def check_out(folder: str | Path) -> None:
 
 def check_ours(folder: str | Path, names: Sequence[str], of: str) -> None:
     """Raise ``MemdecError`` where one of the files `names` is there, and the first, JSON, is not of format `of`."""
-    found = [name for name in names if (Path(folder) / name).exists()]
+    if Path(folder).is_file():
+        raise MemdecError(f"--out {folder} is a file, and a folder was wanted. Choose another name.")
+    try:
+        found = [name for name in names if (Path(folder) / name).exists()]
+    except (OSError, ValueError) as error:
+        raise MemdecError(f"--out {str(folder)[:60]}…: no folder can be called so ({error}).") from None
     if not found:
         return
     try:
@@ -275,6 +280,7 @@ def evaluate(
 
     log_probs["base"], seconds["base"] = _score(base_model, protocols, batch_size, "base")
     knn: KnnSettings | None = None
+    store: Any = None
     knn_scores: list[Tensor] = []
     if "knn-lm" in wanted:
         from memdec.stores.datastore import Datastore
@@ -284,28 +290,24 @@ def evaluate(
         knn = knn_settings(store, Path(datastore), distributions)
         tell(f"Searching {store.num_rows:,} keys (k = {knn.k}, T = {knn.temperature:g}, λ = {knn.weight:g})")
         for index, protocol in enumerate(protocols):
-            begun = time.perf_counter()
             with progress(protocol.num_scored, unit="tokens", label="Embedding held-out text") as advance:
-                knn_scores.append(
-                    knn_log_prob(
-                        base_model,
-                        store,
-                        protocol.tokens,
-                        protocol.windows,
-                        k=knn.k,
-                        temperature=knn.temperature,
-                        batch_size=batch_size,
-                        progress=advance,
-                    )
+                found = knn_log_prob(
+                    base_model,
+                    store,
+                    protocol.tokens,
+                    protocol.windows,
+                    k=knn.k,
+                    temperature=knn.temperature,
+                    batch_size=batch_size,
+                    progress=advance,
                 )
-            if index == 0:
-                # The keys come out of the base's own forward, which is counted once here and once in seconds["base"].
-                seconds["knn-lm"] = time.perf_counter() - begun
+            knn_scores.append(found.log_prob)
+            if index == 0:  # the keys come out of the base's own forward
+                seconds["knn-lm"] = seconds["base"] + found.search_seconds
         weight = knn.weight
         log_probs["knn-lm"] = [
             mixture_log_prob(ours, theirs, weight) for ours, theirs in zip(log_probs["base"], knn_scores, strict=True)
         ]
-        seconds["knn-lm"] = max(seconds["knn-lm"], seconds["base"])
         parameters["knn-lm"] = parameters["base"]
         extra_bytes["knn-lm"] = folder_bytes(Path(datastore))
     curve: list[tuple[float, float]] = []
@@ -347,6 +349,7 @@ def evaluate(
             "tokens": held_out.num_tokens,
             "tokens_found": found_tokens,
             "documents": held_out.num_documents,
+            "unseen": _is_unseen(text, card, store),
             "scored": {protocol.name: protocol.num_scored for protocol in protocols},
             "words": sum(held_out.words),
             "bytes": sum(held_out.num_bytes),
@@ -459,6 +462,18 @@ def knn_settings(store: Any, folder: Path, distributions: str | Path | None) -> 
             k = min(int(manifest.fields["k"]), store.num_rows)
             return KnnSettings(k, float(found["temperature"]), float(found["knn_lm"]["weight"]), source)
     return tune_knn(store)
+
+
+def _is_unseen(text: object, card: Any, store: Any) -> bool:
+    """Whether the text is the test split of the very corpus that memory and datastore were made of."""
+    from memdec.stores.corpus import Corpus
+    from memdec.stores.manifest import MANIFEST_NAME
+
+    if not isinstance(text, str | Path) or not (Path(text) / MANIFEST_NAME).is_file():
+        return False
+    made_of = [] if card is None else [card.provenance.get("corpus")]
+    made_of += [] if store is None else [store.manifest.fields.get("corpus")]
+    return bool(made_of) and set(made_of) == {Corpus.open(text).manifest.checksum}
 
 
 def _copied(text: object, held_out: HeldOutText) -> Tensor | None:

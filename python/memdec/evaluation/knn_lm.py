@@ -10,6 +10,7 @@ came is needed for perplexity, so no distribution over the vocabulary is built.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,19 @@ def window_keys(
     return all_rows[order_of_rows], all_keys[order_of_rows]
 
 
+@dataclass(frozen=True)
+class KnnScores:
+    """What the retriever says of a text.
+
+    Attributes:
+        log_prob: float32 (T−1,).
+        search_seconds: of the search alone, the base's forward not counted.
+    """
+
+    log_prob: Tensor
+    search_seconds: float
+
+
 def knn_log_prob(
     model: Any,
     datastore: Any,
@@ -93,7 +107,7 @@ def knn_log_prob(
     batch_size: int = 8,
     memory_limit: str = MEMORY_LIMIT,
     progress: Callable[[int], object] | None = None,
-) -> Tensor:  # (T−1,) float32
+) -> KnnScores:
     """log p_kNN(token r+1) for every row r that a window scores, NaN for the others; −inf where no neighbour holds it.
 
     Args:
@@ -113,6 +127,7 @@ def knn_log_prob(
             f"The base model's keys have {keys.shape[1]} numbers and the datastore's {datastore.dim}: the datastore "
             f"was made with another model ({datastore.model}). Evaluate with that one, or leave knn-lm out."
         )
+    begun = time.perf_counter()
     found = knn_probabilities(
         keys,
         tokens[rows + 1],
@@ -121,9 +136,10 @@ def knn_log_prob(
         temperature=temperature,
         memory_limit=memory_limit,
     )
+    search_seconds = time.perf_counter() - begun
     scores = torch.full((int(tokens.numel()) - 1,), math.nan)
     scores[rows] = found.double().log().float()
-    return scores
+    return KnnScores(scores, search_seconds)
 
 
 def tune_knn(datastore: Any, *, k: int = 1024, memory_limit: str = MEMORY_LIMIT) -> KnnSettings:

@@ -192,11 +192,12 @@ def relative_interval(
     seed: int = 0,
     min_groups: int = 8,
     block: int = 256,
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """A 95% bootstrap interval of ppl(method)/ppl(reference) − 1, both on the same tokens.
 
     Tokens of one document are not independent, so whole documents are drawn with replacement; where there are fewer
     than ``min_groups`` documents, runs of ``block`` tokens are drawn instead, which is the optimistic of the two.
+    None where there is only one to draw.
     """
     both = ~(log_probs.isnan() | reference.isnan())
     difference = (reference[both].double() - log_probs[both].double()).nan_to_num(nan=0.0)
@@ -205,6 +206,8 @@ def relative_interval(
         owner = torch.arange(difference.numel()) // block
     owner = torch.searchsorted(torch.tensor(sorted(set(owner.tolist()))), owner)
     count = int(owner.max()) + 1
+    if count < 2:
+        return None
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, difference)
     sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, torch.ones_like(difference))
     generator = torch.Generator().manual_seed(seed)

@@ -106,7 +106,7 @@ class Retriever:
                 self._passages += torch.split(document, passage_tokens)
         if not self._passages:
             raise MemdecError("The training text holds no token, so there is nothing to retrieve. Leave rag out.")
-        self._bm25s = _bm25s()
+        self._bm25s = load_bm25s()
         texts = tokenizer.batch_decode(
             [part.tolist() for part in self._passages], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -457,7 +457,8 @@ def _sample(cut: Sequence[Window], rows: int) -> list[Window]:
     return [stretches[index * len(stretches) // count] for index in range(count)]
 
 
-def _bm25s() -> Any:
+def load_bm25s() -> Any:
+    """The module bm25s, which may not be installed."""
     try:
         import bm25s
     except ImportError:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -381,7 +382,7 @@ def read_task_file(
     path = Path(path)
     try:
         content = path.read_bytes()
-        lines = content.decode("utf-8").splitlines()
+        lines = content.decode("utf-8").split("\n")  # not splitlines: JSON may hold other line ends as they are
     except (OSError, UnicodeDecodeError) as error:
         raise MemdecError(f"--task-file {path}: cannot be read as UTF-8 text ({error}).") from None
     rows = []
@@ -390,8 +391,8 @@ def read_task_file(
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MemdecError(f"{path}, line {number}: no JSON ({error.msg}).") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise MemdecError(f"{path}, line {number}: no JSON ({str(error)[:80]}).") from None
         if not isinstance(row, dict):
             raise MemdecError(f"{path}, line {number}: wanted a JSON object, got {line.strip()[:40]}.")
         rows.append((number, row))
@@ -421,6 +422,8 @@ def read_task_file(
 def _task_of(header: dict[str, Any], path: Path) -> Task:
     """The task that a file's first line tells."""
     name = str(header["task"])
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", name):  # files are called by it
+        raise MemdecError(f"{path}: a task's name has letters, digits, _, - and dots, 80 at most; got {name[:90]!r}.")
     known = TASKS.get(name)
     unknown = header.keys() - {"task", "title", "template", "premise", "labels", "source"}
     if unknown:
@@ -445,7 +448,7 @@ def _task_of(header: dict[str, Any], path: Path) -> Task:
         known = Task(name, name, "", "", ())
     try:
         return replace(known, hub=None, **given).check()
-    except ValueError as error:  # braces that do not match
+    except (ValueError, KeyError, IndexError, AttributeError) as error:  # braces that do not match
         raise MemdecError(f"{path}: the template cannot be used: {error}.") from None
 
 

@@ -6,12 +6,31 @@ length (crop, reset) happens to both halves, and what it asks about the length i
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from memdec.errors import MemdecError
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(function: Callable[..., Any]) -> str:
+    """What a function calls the cache that it takes: "cache" since transformers 5.24, before "past_key_values"."""
+    return CACHE_NAMES[0] if CACHE_NAMES[0] in inspect.signature(function).parameters else CACHE_NAMES[1]
+
+
+# What this transformers' generate calls it, and what outputs do.
+GENERATION_CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output; None where there is none."""
+    return next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
 
 
 class TwinCache(Cache):  # type: ignore[misc]  # transformers is untyped here

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 from memdec.errors import MemdecError
-from memdec.modeling.cache import TwinCache
+from memdec.modeling.cache import CACHE_NAMES, GENERATION_CACHE, TwinCache, cache_name, cache_of
 from memdec.modeling.configuration import MemoryModelConfig
 from memdec.modeling.scoring import chunked_log_prob, load_causal_lm, mixture_log_prob, vocabulary_width
 from memdec.modeling.structure import bare, input_device
@@ -216,6 +216,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         base_inputs: dict[str, Any] | None = None,
         memory_inputs: dict[str, Any] | None = None,
         return_dict: bool | None = None,
+        cache: TwinCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The mixture's log-probs of the token after each position.
@@ -231,6 +232,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
             base_inputs: the base's own arguments, as :meth:`prepare_inputs_for_generation` makes them.
             memory_inputs: the memory's.
             return_dict: False returns a tuple.
+            cache: what transformers calls `past_key_values` from 5.24 on; either may be given.
             **kwargs: passed to both models; ``output_hidden_states`` and ``output_attentions`` return the base's.
 
         Returns:
@@ -243,7 +245,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         """
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise ValueError("input_ids: wanted token ids (B, L); the two models embed them each for itself")
-        caches = self.caches(past_key_values)
+        twin = cache if past_key_values is None else past_key_values
+        caches = self.caches(twin)
         plain = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -259,17 +262,17 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
             memory = self.memory(**memory_inputs, **keeping(self.memory, logits_to_keep), return_dict=True)
             memory_logits = self.kept(memory.logits, logits_to_keep, input_ids.shape[1]).to(base_logits.device)
             log_probs = interpolate(base_logits, memory_logits, self.alpha)
-            memory_cache = memory.get("past_key_values")
+            memory_cache = cache_of(memory)
         else:
             wide = torch.promote_types(base_logits.dtype, torch.float32)
             log_probs = torch.log_softmax(base_logits, dim=-1, dtype=wide)
             memory_cache = None
-        if past_key_values is None and base.get("past_key_values") is not None:
-            past_key_values = TwinCache(base.past_key_values, memory_cache)
+        if twin is None and cache_of(base) is not None:
+            twin = TwinCache(cache_of(base), memory_cache)
         output = CausalLMOutputWithPast(
             loss=None if labels is None else self.next_token_loss(log_probs, labels, logits_to_keep, **kwargs),
             logits=log_probs,
-            past_key_values=past_key_values,
+            **{GENERATION_CACHE: twin},
             hidden_states=base.get("hidden_states"),
             attentions=base.get("attentions"),
         )
@@ -358,7 +361,7 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **named: Any
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(GENERATION_CACHE)
         if given is not None:
             self.caches(given)
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *arguments, **named)
@@ -368,9 +371,9 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
             # Each model makes its own kind of cache, from its own layers.
             own: dict[str, Any] = {}
             model._prepare_cache_for_generation(generation_config, own, *arguments, **named)
-            made.append(own.get("past_key_values"))
+            made.append(own.get(GENERATION_CACHE))
         if made[0] is not None:
-            model_kwargs["past_key_values"] = TwinCache(made[0], made[1] if len(made) > 1 else None)
+            model_kwargs[GENERATION_CACHE] = TwinCache(made[0], made[1] if len(made) > 1 else None)
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -415,6 +418,9 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
             )
         if draft_tokens is not None and draft_tokens < 1:
             raise ValueError(f"draft_tokens: got {draft_tokens}, wanted at least 1; decoding='parallel' drafts none")
+        for name in CACHE_NAMES:
+            if name in kwargs:
+                kwargs[GENERATION_CACHE] = kwargs.pop(name)
         start = time.perf_counter()
         self._engine_decode = None
         if decoding != "composite":
@@ -494,20 +500,23 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
+        cache: TwinCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of one step: each model prepares its own, masks and devices included."""
-        caches = self.caches(past_key_values)
-        prepared: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": kwargs.get("use_cache")}
+        twin = cache if past_key_values is None else past_key_values
+        caches = self.caches(twin)
+        prepared: dict[str, Any] = {GENERATION_CACHE: twin, "use_cache": kwargs.get("use_cache")}
         # Kept out of what the models prepare: assisted decoding changes it afterwards.
         if logits_to_keep is not None:
             prepared["logits_to_keep"] = logits_to_keep
         models = [("base_inputs", self.base, caches[0]), ("memory_inputs", self.memory, caches[1])]
-        for name, model, cache in models if self._memory_enabled else models[:1]:
-            given = {"past_key_values": cache, "attention_mask": attention_mask, **kwargs}
+        for name, model, own in models if self._memory_enabled else models[:1]:
+            prepare = model.prepare_inputs_for_generation
+            given = {cache_name(prepare): own, "attention_mask": attention_mask, **kwargs}
             if takes(model, "position_ids"):
                 given["position_ids"] = position_ids
-            prepared[name] = model.prepare_inputs_for_generation(input_ids, **given)
+            prepared[name] = prepare(input_ids, **given)
         return {"input_ids": prepared["base_inputs"]["input_ids"], **prepared}
 
     def _valid_auto_compile_criteria(self, *arguments: Any, **named: Any) -> bool:
@@ -673,7 +682,7 @@ def keeping(model: nn.Module, logits_to_keep: int | Tensor) -> dict[str, Any]:
 def arguments_of(model: nn.Module, plain: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
     """The arguments of a plain forward for one of the two models, on its device."""
     device = input_device(model)
-    given = {**plain, "past_key_values": cache}
+    given = {**plain, cache_name(bare(model).forward): cache}
     if not takes(model, "position_ids"):
         given.pop("position_ids")  # a model without positions of its own, such as one with ALiBi
     return {

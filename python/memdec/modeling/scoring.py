@@ -15,7 +15,6 @@ from typing import Any, Protocol, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +26,7 @@ from memdec.ops import token_log_prob
 LOGGER = logging.getLogger(__name__)
 
 # The logits of one chunk of positions, in bytes of float32.
+DTYPES = ("float32", "bfloat16", "float16")  # that a command may ask for
 LOGITS_BUDGET = 128 * 2**20
 
 
@@ -225,7 +225,9 @@ def load_causal_lm(
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=chosen, output_loading_info=True, **options, **plain_weights(options)
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken config.json makes transformers raise whatever it comes upon first
         raise MemdecError(
             f"{source} is no causal LM that transformers can load: {first_line(error)} "
             "A model is a folder with config.json and its weights (model.safetensors), a hub id, or a .gguf file."
@@ -281,9 +283,9 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device | str | None) ->
         return dtype
     if dtype == "auto":
         return torch.bfloat16 if native_bfloat16(device) else torch.float32
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise MemdecError(f"--dtype {dtype}: wanted auto, float32, bfloat16 or float16.")
+    if dtype not in DTYPES:
+        raise MemdecError(f"--dtype {dtype}: wanted auto, {', '.join(DTYPES)}.")
+    found: torch.dtype = getattr(torch, dtype)
     return found
 
 

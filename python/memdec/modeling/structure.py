@@ -22,6 +22,7 @@ from memdec.errors import MemdecError
 MIXER_ARGUMENTS = frozenset(
     {
         "attention_mask",
+        "cache",
         "past_key_values",
         "past_key_value",
         "layer_past",

@@ -18,6 +18,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from memdec.errors import MemdecError
+from memdec.stores.manifest import MANIFEST_NAME
+from memdec.stores.memory import is_memory, read_memory_card
 
 SHOWN_DIFFERENCES = 3
 
@@ -31,7 +33,7 @@ def load_tokenizer(source: str | PathLike[str]) -> Any:
     folder, options = locate(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         raise MemdecError(
             f"{source} has no tokenizer that transformers can load: {first_line(error)} "
             "Save one beside the model with tokenizer.save_pretrained(folder), or name the folder that has it."
@@ -57,6 +59,7 @@ def locate(source: str | PathLike[str]) -> tuple[str, dict[str, str]]:
             raise MemdecError(f"{source} is not a file; give the path of a .gguf file, a model folder or a hub id.")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
+        refuse_artefact(path)
         return str(path), {}
     if path.is_file():
         raise MemdecError(f"{source} is a file; a model is a folder (with config.json), a hub id or a .gguf file.")
@@ -65,6 +68,19 @@ def locate(source: str | PathLike[str]) -> tuple[str, dict[str, str]]:
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1:
         raise MemdecError(f"the folder {source} does not exist; check the path, or give a hub id such as OWNER/NAME.")
     return name, {}
+
+
+def refuse_artefact(folder: Path) -> None:
+    """Raise ``MemdecError`` for a folder of memdec's that is no model: a run's, or a stage's."""
+    if (folder / "config.json").is_file():
+        return
+    if is_memory(folder / "memory"):
+        read_memory_card(folder)  # whose message says where the memory is
+    if (folder / MANIFEST_NAME).is_file():
+        raise MemdecError(
+            f"{folder} is a stage's folder (it has a {MANIFEST_NAME}) and no model; a run's memory is in its folder "
+            "`memory`."
+        )
 
 
 def first_line(error: BaseException) -> str:

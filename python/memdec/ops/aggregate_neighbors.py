@@ -9,7 +9,7 @@ from memdec import _C
 from memdec.distributions import SparseDistributions
 from memdec.ops import checks, launch
 from memdec.ops.registration import is_traced, refuse_grad, register
-from memdec.ops.rows import rows
+from memdec.ops.rows import address, rows
 
 
 def aggregate_neighbors(
@@ -105,7 +105,7 @@ def _forward(
         _C.aggregate_neighbors,
         distances.device,
         described,
-        token_ids.data_ptr(),
+        address("token_ids", token_ids),
         token_ids.stride(0),
         token_ids.dtype == torch.int64,
         temperature,

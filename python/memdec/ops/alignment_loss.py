@@ -14,7 +14,7 @@ from memdec.distributions import SparseDistributions
 from memdec.ops import checks, launch
 from memdec.ops.reference import AlignmentLoss
 from memdec.ops.registration import is_traced, register, wants_grad
-from memdec.ops.rows import Rows, accumulator, indices, rows
+from memdec.ops.rows import Rows, accumulator, indices, rows, sparse_rows
 
 REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 NO_GRADIENT: Rows = (0, 0, 0, 1, 0, 0, 0)
@@ -94,12 +94,6 @@ def alignment_loss(
     return AlignmentLoss(*parts)
 
 
-def _pointers(teacher: Teacher) -> tuple[tuple[int, int, int, int], Teacher]:
-    """A teacher as the extension takes it, and the tensors that must outlive the call."""
-    indptr, token_ids, probs = (part.contiguous() for part in teacher)
-    return (indptr.data_ptr(), token_ids.data_ptr(), probs.data_ptr(), token_ids.numel()), (indptr, token_ids, probs)
-
-
 def loss(
     logits: Tensor,
     labels: Tensor,
@@ -116,7 +110,7 @@ def loss(
     """Total, kl and ce; on the way whatever else is asked for."""
     logits, described = rows(logits)
     labels = indices(labels, logits, "labels", ignore_index)
-    sparse, _alive = _pointers(teacher)
+    sparse, _alive = sparse_rows(*teacher)
     dtype = accumulator(logits)
     shape = labels.shape if reduction == "none" else ()
     total, kl, ce = (torch.empty(shape, dtype=dtype, device=logits.device) for _ in range(3))
@@ -177,7 +171,7 @@ def gradient(
     labels = indices(labels, logits, "labels", ignore_index)
     sparse: tuple[int, int, int, int] = (0, 0, 0, 0)
     if indptr is not None and token_ids is not None and probs is not None:
-        sparse, _alive = _pointers((indptr, token_ids, probs))
+        sparse, _alive = sparse_rows(indptr, token_ids, probs)
     grad_total = grad_total.to(row_max.dtype).contiguous()
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     launch.run(

@@ -10,7 +10,7 @@ from memdec.distributions import SparseDistributions
 from memdec.ops import checks, launch
 from memdec.ops.mixture import alpha_rows
 from memdec.ops.registration import is_traced, refuse_grad, register
-from memdec.ops.rows import accumulator, rows
+from memdec.ops.rows import accumulator, rows, sparse_rows
 
 
 def interpolate_sparse(
@@ -63,8 +63,7 @@ def _kernel(
     base_logits: Tensor, indptr: Tensor, token_ids: Tensor, probs: Tensor, alpha: float, alphas: Tensor | None
 ) -> Tensor:
     base_logits, base = rows(base_logits, "base_logits")
-    indptr, token_ids, probs = indptr.contiguous(), token_ids.contiguous(), probs.contiguous()
-    sparse = (indptr.data_ptr(), token_ids.data_ptr(), probs.data_ptr(), token_ids.numel())
+    sparse, _alive = sparse_rows(indptr, token_ids, probs)
     alphas, address = alpha_rows(alphas, base_logits.shape[:-1], base_logits.device)
     out = torch.empty(base_logits.shape, dtype=accumulator(base_logits), device=base_logits.device)
     launch.run(_C.interpolate_sparse, base_logits.device, base, sparse, alpha, address, out.data_ptr())

@@ -15,6 +15,18 @@ Rows = tuple[int, int, int, int, int, int, int]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+def address(name: str, tensor: torch.Tensor) -> int:
+    """Where the tensor's memory begins.
+
+    Raises:
+        ValueError: it has elements but no memory: a shard or an offloaded weight whose storage was freed.
+    """
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
+        raise ValueError(f"{name}: the tensor's memory was freed (its storage has size 0); gather or reload it first")
+    return found
+
+
 def rows(tensor: torch.Tensor, name: str = "logits") -> tuple[torch.Tensor, Rows]:
     """Describe a tensor of rows (…, V) to the extension.
 
@@ -47,7 +59,7 @@ def rows(tensor: torch.Tensor, name: str = "logits") -> tuple[torch.Tensor, Rows
         raise ValueError(f"{name}: got shape {tuple(shape)}, wanted (…, V) with V ≥ 1")
     columns = shape[-1]
     if len(shape) == 2 and (columns == 1 or tensor.stride(1) == 1):
-        return tensor, (tensor.data_ptr(), code, shape[0], max(shape[0], 1), 0, tensor.stride(0), columns)
+        return tensor, (address(name, tensor), code, shape[0], max(shape[0], 1), 0, tensor.stride(0), columns)
     strides = tensor.stride()
     if columns > 1 and strides[-1] != 1:
         tensor = tensor.contiguous()
@@ -68,7 +80,17 @@ def rows(tensor: torch.Tensor, name: str = "logits") -> tuple[torch.Tensor, Rows
         leading = [(count, columns)]
     inner, inner_stride = leading[-1] if leading else (1, 0)
     outer_stride = leading[0][1] if len(leading) == 2 else 0
-    return tensor, (tensor.data_ptr(), code, count, max(inner, 1), outer_stride, inner_stride, columns)
+    return tensor, (address(name, tensor), code, count, max(inner, 1), outer_stride, inner_stride, columns)
+
+
+def sparse_rows(
+    indptr: torch.Tensor, token_ids: torch.Tensor, probs: torch.Tensor
+) -> tuple[tuple[int, int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A teacher's arrays as the extension takes them, and the tensors that must outlive the call."""
+    arrays = indptr.contiguous(), token_ids.contiguous(), probs.contiguous()
+    names = ("teacher.indptr", "teacher.token_ids", "teacher.probs")
+    first, second, third = (address(name, array) for name, array in zip(names, arrays, strict=True))
+    return (first, second, third, token_ids.numel()), arrays
 
 
 def accumulator(tensor: torch.Tensor) -> torch.dtype:
@@ -96,6 +118,7 @@ def indices(tensor: torch.Tensor, logits: torch.Tensor, name: str, ignore_index:
         )
     if tensor.device != logits.device:
         raise ValueError(f"{name}: got device {tensor.device}, wanted {logits.device}, where the logits are")
+    address(name, tensor)
     if checks.DEBUG and tensor.is_cuda:
         checks.in_range(name, tensor, logits.shape[-1], ignore_index)
     return tensor.contiguous()

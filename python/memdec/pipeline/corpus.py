@@ -130,6 +130,9 @@ def build_corpus(
                     yield Document(f"{split}:{document.name}", document.text, split)
 
     entries = _survey(documents())
+    for own, _ in readers[1:]:
+        if not any(entry.digest and entry.split == own for entry in entries):
+            raise MemdecError(f"The {own} text has no document with any text. Check the path given for it.")
     fields = {
         "source_sha256": _source_digest(entries),
         "tokenizer_fingerprint": fingerprint(loaded),
@@ -146,7 +149,7 @@ def build_corpus(
         manifest.shards, manifest.results = [], {}
         kept, duplicates = _drop_duplicates(entries)
         pieces, split_by = _plan(entries, kept, fractions, seed)
-        encode = _Encoder(loaded, int(eos), documents, entries, workers)
+        encode = _Encoder(loaded, int(eos), documents, entries, min(workers, max(1, os.cpu_count() or 1)))
         limits: dict[_Piece, int] = {}
         if max_tokens is not None:
             free = {
@@ -253,8 +256,8 @@ def _plan(entries: list[_Entry], kept: list[int], fractions: Sequence[float], se
             pieces.append(_Piece(index, split, 0.0, 1.0))
     if split_by == "blocks":
         logger.warning(
-            "only %d documents: the end of each is held out instead of whole documents, so the held-out text is closer "
-            "to the training text than a new document would be",
+            "few documents (%d): the end of each is held out instead of whole documents, so the held-out text is "
+            "closer to the training text than a new document would be",
             len(free),
         )
     return sorted(pieces, key=lambda piece: (piece.document, piece.start)), split_by

@@ -25,6 +25,7 @@ from memdec.modeling.tokenizers import compare, load_tokenizer
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions, check_search
 from memdec.pipeline.embed import build_datastore, default_device
+from memdec.pipeline.search import load_faiss
 from memdec.pipeline.teachers import DEFAULT_TOP_K, TEACHERS, build_teacher
 from memdec.pipeline.train import Settings, train_memory
 
@@ -161,6 +162,8 @@ def fit(
     Settings(**training).check()
     check_device(device)
     check_search(temperature, backend, memory_limit)
+    if backend.lower() != "exact":
+        load_faiss()
     if teacher not in TEACHERS:
         raise MemdecError(f"--teacher is {teacher!r}; wanted one of {', '.join(TEACHERS)}.")
     if init is not None:
@@ -173,7 +176,7 @@ def fit(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MemdecError(
             "fit runs in one process. Run the stages before training alone, then "
-            "`torchrun --nproc-per-node=N -m memdec.cli train …` or `accelerate launch -m memdec.cli train …`."
+            "`torchrun --nproc-per-node=N -m memdec train …` or `accelerate launch -m memdec train …`."
         )
     LOGGER.info("1 of 4: corpus")
     text = build_corpus(

@@ -32,20 +32,26 @@ def add_adapters(model: Any, rank: int, seed: int = 0) -> None:
     Raises:
         MemdecError: peft is not installed, or the model has no linear map that it knows.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MemdecError("LoRA needs the package peft: pip install 'memdec[rivals]'.") from error
+    peft = load_peft()
     if rank < 1:
         raise MemdecError(f"lora-rank is {rank}; wanted at least 1.")
     names = [name for name, _ in adapted_maps(model)]
     if not names:
         raise MemdecError(f"{type(model).__name__} has no linear map for an adapter.")
     torch.manual_seed(seed)
-    settings = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=names, lora_dropout=0.0)
-    inject_adapter_in_model(settings, model)
+    settings = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=names, lora_dropout=0.0)
+    peft.inject_adapter_in_model(settings, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+
+
+def load_peft() -> Any:
+    """The module peft, which may not be installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MemdecError("LoRA needs the package peft: pip install 'memdec[rivals]', or leave lora out.") from error
+    return peft
 
 
 def adapted_maps(model: Any) -> list[tuple[str, Any]]:

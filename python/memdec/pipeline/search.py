@@ -454,7 +454,7 @@ class FaissIndex:
         exclude_documents: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As ``search_exact``, with the rows that the index finds; their distances are exact."""
-        faiss = _faiss()
+        faiss = load_faiss()
         _check_search(queries, datastore, k)
         queries = queries.detach().to("cpu", torch.float32).contiguous()
         _check_finite(queries.sum(1), "query", 0)
@@ -482,7 +482,7 @@ class FaissIndex:
         return distances, found
 
     def _parameters(self, selector: Any) -> Any:
-        faiss = _faiss()
+        faiss = load_faiss()
         if self.backend == "flat":
             return faiss.SearchParameters(sel=selector)
         kind = faiss.IVFPQSearchParameters if self.backend == "ivfpq" else faiss.SearchParametersIVF
@@ -525,7 +525,7 @@ def build_index(
         MemdecError: faiss is not installed, the index would not fit, there are too few rows, a key is not finite, or
             ``folder`` holds something else.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     backend = backend.lower()
     if backend not in BACKENDS[1:]:
         raise MemdecError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
@@ -588,7 +588,7 @@ def open_index(
     Raises:
         MemdecError: none there, unfinished, truncated, or made of another datastore than the one given.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     folder = Path(folder)
     manifest = Manifest.load(folder, format=INDEX_FORMAT, version=INDEX_VERSION)
     manifest.check_complete(folder)
@@ -604,7 +604,8 @@ def open_index(
     return FaissIndex(folder, manifest.fields["backend"], index, manifest)
 
 
-def _faiss() -> Any:
+def load_faiss() -> Any:
+    """The module faiss, which may not be installed."""
     try:
         import faiss
     except ImportError:

@@ -220,7 +220,7 @@ def read_card(memory: Path) -> MemoryCard:
 
 def steps_of(memory: Path, card: MemoryCard, share: float) -> int:
     """`share` of the steps that the memory was trained for, at least one."""
-    if not share > 0:
+    if not 0 < share <= 1000:
         raise MemdecError(f"--share is {share:g}; wanted a share above 0 of the memory's own steps, such as 0.1.")
     total = card.provenance.get("total_steps")
     if not isinstance(total, int):

@@ -165,6 +165,8 @@ def _explain(path: Path, error: OSError) -> str | None:
         return f"Cannot write {path}: {error.strerror}. {keeps}; choose a folder that you may write to."
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return f"Cannot make {path}: a file stands where a folder is needed. {keeps}; choose another folder."
+    if error.errno == errno.EISDIR:
+        return f"Cannot write {path}: it is a folder, and a file was wanted. Choose another name."
     if error.errno == errno.ENOENT:
         return f"Cannot write {path}: its folder does not exist or was removed meanwhile. Check the path."
     if error.errno == errno.ENAMETOOLONG:

@@ -189,6 +189,8 @@ def _decode(packed: dict[str, Array], *, wide: bool, vocab_size: int) -> SparseD
     token_ids = packed["token_ids"].astype(np.int32)
     if wide:
         token_ids |= packed["token_ids_high"].astype(np.int32) << 16
+    if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+        raise MemdecError(f"A shard of distributions holds ids beyond the vocabulary of {vocab_size}. {REMEDY}")
     codes = packed["codes"]
     probs = _LOG8_TABLE[codes] if codes.dtype == np.uint8 else codes.astype(np.float32)
     residual = packed["residual"].astype(np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from memdec.stores.atomic import WrittenFile, make_folder, remove_leftovers, wri
 
 MANIFEST_NAME = "manifest.json"
 
+LARGEST = 2**63  # of numbers that count bytes and rows
 REMEDY = "Delete the folder and run the command that made it again."
 
 
@@ -99,13 +101,17 @@ class Manifest:
                 Shard(str(s["name"]), int(s["bytes"]), str(s["sha256"]), int(s["rows"])) for s in content["shards"]
             ]
             for shard in shards:
+                if not (0 <= shard.bytes < LARGEST and 0 <= shard.rows < LARGEST):
+                    raise ValueError(f"{shard.name!r} has {shard.rows} rows in {shard.bytes} bytes")
                 name = PurePosixPath(shard.name)
                 if name.is_absolute() or ".." in name.parts:
                     raise ValueError(f"shard name {shard.name!r} leaves the folder")
+            if len({shard.name for shard in shards}) < len(shards):
+                raise ValueError("a shard is listed twice")
             fields, results, complete = content["fields"], content["results"], content["complete"]
             if not isinstance(fields, dict) or not isinstance(results, dict) or not isinstance(complete, bool):
                 raise TypeError("fields and results must be objects, complete a boolean")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MemdecError(f"{path} is damaged ({error!r}). {REMEDY}") from None
         return cls(content["format"], content["version"], fields, results, shards, complete)
 
@@ -136,7 +142,8 @@ class Manifest:
             if changed:
                 raise MemdecError(
                     f"{folder} was made with other parameters: {changed}. "
-                    "Use the same parameters to continue it, choose another folder, or delete this one."
+                    "Use the same parameters to continue it, choose another folder, or delete this one and what was "
+                    "made from it."
                 )
             return manifest
         strangers = sorted(entry.name for entry in os.scandir(folder))
@@ -144,7 +151,7 @@ class Manifest:
             shown = ", ".join(strangers[:5]) + (", …" if len(strangers) > 5 else "")
             raise MemdecError(
                 f"{folder} holds files but no {MANIFEST_NAME} ({shown}), "
-                "so it is not an artefact of memdec. Choose another folder or empty this one."
+                "so it is not an artefact of memdec. Choose another folder."
             )
         return cls._begin(folder, format, version, fields)
 
@@ -222,7 +229,7 @@ def verify(folder: str | Path) -> list[str]:
     if (folder / MANIFEST_NAME).read_bytes() != manifest.to_text().encode():
         problems.append(f"{MANIFEST_NAME} has been changed since it was written")
     if not manifest.complete:
-        problems.append("the artefact is not finished; run the command that makes it again")
+        problems.append(f"{MANIFEST_NAME} says that the artefact is not finished; run the command that makes it again")
     problems += check_files(folder, manifest.shards, own_name=MANIFEST_NAME)
     return problems
 
@@ -267,7 +274,7 @@ def file_sha256(path: str | Path) -> str:
 def _size_problem(folder: Path, shard: Shard) -> str | None:
     try:
         size = (folder / shard.name).stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return f"{shard.name} is missing"
     if size != shard.bytes:
         return f"{shard.name} has {size} bytes instead of {shard.bytes}: it is truncated or another file"
@@ -304,7 +311,7 @@ def read_checked_text(path: Path, *, format: str | None, version: int | None) ->
     except OSError as error:
         raise MemdecError(f"Cannot read {path}: {error.strerror}.") from None
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         found_format, found_version, checksum = str(content["format"]), content["version"], content.pop("checksum")
@@ -324,12 +331,23 @@ def read_checked_text(path: Path, *, format: str | None, version: int | None) ->
     return content
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {text[:20]}, which no float holds")
+    return number
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}, which is no number")
 
 
 def _article(format: str) -> str:
     return f"a {format}" if format[:1] not in "aeiou" else f"an {format}"
+
+
+# Parameters that say nothing to a person, and what it means that they differ.
+CHANGES = {"source_sha256": "the text has been changed since"}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -340,7 +358,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         before, now = old.get(name, missing), new.get(name, missing)
         if before != now:
             shown = ["absent" if value is missing else _shorten(json.dumps(value)) for value in (before, now)]
-            parts.append(f"{name} was {shown[0]}, now {shown[1]}")
+            parts.append(CHANGES.get(name) or f"{name} was {shown[0]}, now {shown[1]}")
     return "; ".join(parts)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from memdec.errors import MemdecError
@@ -145,8 +145,28 @@ def _hidden(name: str) -> bool:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    if not is_memory(folder) and is_memory(folder / "memory"):
+        raise MemdecError(f"{folder} is the folder of a run; the memory that it made is {folder / 'memory'}.")
     content = read_checked_text(folder / CARD_NAME, format=FORMAT, version=VERSION)
     missing = {"alpha", "tokenizer_fingerprint", "vocab_size", "provenance", "files"} - content.keys()
     if missing:
         raise MemdecError(f"{folder / CARD_NAME} lacks {', '.join(sorted(missing))}. {REMEDY}")
+    alpha, files = content["alpha"], content["files"]
+    fine = (
+        isinstance(alpha, int | float)
+        and 0 <= alpha <= 1
+        and isinstance(content["vocab_size"], int)
+        and isinstance(content["provenance"], dict)
+        and isinstance(files, dict)
+        and all(
+            isinstance(file, dict)
+            and isinstance(file.get("bytes"), int)
+            and isinstance(file.get("sha256"), str)
+            and not PurePosixPath(name).is_absolute()
+            and ".." not in PurePosixPath(name).parts
+            for name, file in files.items()
+        )
+    )
+    if not fine:
+        raise MemdecError(f"{folder / CARD_NAME} is damaged: it holds values that cannot be. {REMEDY}")
     return content
