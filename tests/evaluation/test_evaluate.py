@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -14,6 +15,7 @@ from memdec.evaluation.charts import number
 from memdec.evaluation.evaluate import evaluate, pieces_of
 from memdec.evaluation.held_out import load_held_out
 from memdec.evaluation.report import render_report
+from memdec.pipeline.embed import model_fingerprint
 from memdec.stores.manifest import Manifest
 
 ALPHA, CONTEXT = 0.35, 48  # as tests/evaluation/conftest.py has it
@@ -205,6 +207,21 @@ def test_knn_lm_is_a_brute_force_search_over_all_training_rows(tiny_run, distrib
     # Keys are rounded to float16 after forwards in other batches, so the k-th neighbour may be another in a row or two.
     close = (result.log_probs["knn-lm"].double() - expected).abs() < 5e-3
     assert close.double().mean() > 0.99
+
+
+def test_keys_of_another_model_are_no_datastore_for_this_one(tiny_run):
+    """The memory's shapes are the base's, so that a search would find something."""
+    with pytest.raises(MemdecError, match="holds keys of another model"):
+        evaluate(tiny_run.memory, None, tiny_run.corpus, compare=("knn-lm",), datastore=tiny_run.datastore,
+                 context=CONTEXT, stride=STRIDE, dtype="float32", device="cpu")  # fmt: skip
+
+
+def test_the_datastores_model_is_known_in_a_wider_number_type_too(tiny_llama):
+    model = tiny_llama()
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    for wide in (model, copy.deepcopy(narrow).float()):
+        assert model_fingerprint(wide, torch.bfloat16) == model_fingerprint(narrow)
+    assert model_fingerprint(tiny_llama(seed=5), torch.bfloat16) != model_fingerprint(narrow)
 
 
 def brute_keys(model, tokens: list[int], context: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:

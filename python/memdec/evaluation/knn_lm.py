@@ -20,6 +20,8 @@ from torch import Tensor
 
 from memdec.errors import MemdecError
 from memdec.modeling.keys import hidden_and_keys
+from memdec.modeling.structure import key_width
+from memdec.pipeline.embed import model_fingerprint
 from memdec.pipeline.search import knn_probabilities, neighbour_tokens, search_exact
 from memdec.pipeline.temperature import choose_temperature
 from memdec.stores.windows import Window
@@ -121,12 +123,8 @@ def knn_log_prob(
         memory_limit: working memory of the search.
         progress: called with the number of rows embedded since the last call.
     """
+    check_made_by(model, datastore)
     rows, keys = window_keys(model, tokens, cut, layer=datastore.layer, batch_size=batch_size, progress=progress)
-    if keys.shape[1] != datastore.dim:
-        raise MemdecError(
-            f"The base model's keys have {keys.shape[1]} numbers and the datastore's {datastore.dim}: the datastore "
-            f"was made with another model ({datastore.model}). Evaluate with that one, or leave knn-lm out."
-        )
     begun = time.perf_counter()
     found = knn_probabilities(
         keys,
@@ -140,6 +138,28 @@ def knn_log_prob(
     scores = torch.full((int(tokens.numel()) - 1,), math.nan)
     scores[rows] = found.double().log().float()
     return KnnScores(scores, search_seconds)
+
+
+def check_made_by(model: Any, datastore: Any) -> None:
+    """Raise ``MemdecError`` where the datastore's keys are not `model`'s: its own would find neighbours by chance.
+
+    A model in a wider number type than the datastore's is compared as if cast to that one; in a narrower one, by shapes
+    alone.
+    """
+    wanted = getattr(torch, datastore.manifest.fields["dtype"])
+    parameters = list(model.parameters())
+    own = next(parameter.dtype for parameter in parameters)
+    comparable = own == wanted or (own == torch.float32 and wanted.is_floating_point)
+    if comparable and all(parameter.is_floating_point() for parameter in parameters):
+        same = model_fingerprint(model, wanted) == datastore.manifest.fields["model_fingerprint"]
+    else:
+        same = key_width(model) == datastore.dim
+    if not same:
+        raise MemdecError(
+            f"The datastore {datastore.folder} holds keys of another model than the base ({datastore.model}), so the "
+            "kNN-LM cannot search it. Make one with `memdec datastore BASE RUN/corpus --out DIR` and give that as "
+            "--datastore, or leave knn-lm out."
+        )
 
 
 def tune_knn(datastore: Any, *, k: int = 1024, memory_limit: str = MEMORY_LIMIT) -> KnnSettings:

@@ -286,13 +286,14 @@ def _model_name(model: Any) -> str:
     return path.resolve().name if path.exists() else str(model)
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Sha256 over the names and shapes of the weights and the first and last 1024 numbers of each: another training
-    run, another number type or another model gives another one, in milliseconds."""
+    run, another number type or another model gives another one, in milliseconds. With `dtype`, of the weights cast to
+    it."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
-        ends = torch.cat([flat[:1024], flat[-1024:]]).cpu().contiguous()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        ends = torch.cat([flat[:1024], flat[-1024:]]).to("cpu", dtype).contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)} {ends.dtype} ".encode())
         digest.update(ends.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
