@@ -55,6 +55,7 @@ def evaluation() -> dict:
             "tokens": 1001,
             "tokens_found": 1001,
             "documents": 7,
+            "unseen": True,
             "scored": {"sliding window": 1000, "per document": 994},
             "words": 500,
             "bytes": 4000,
@@ -214,3 +215,13 @@ def test_ticks_are_round_and_cover_the_range(low, high):
     step = found[1] - found[0]
     mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-6
+
+
+@pytest.mark.parametrize("top", [3.0, 9000.0, 0.00012])
+def test_the_axis_name_stands_beside_its_ticks(top):
+    """A digit takes about 7 units; the name, turned upright, reaches to 22."""
+    svg = charts.line_chart(
+        [charts.Line("x", [(0.0, 0.99995 * top), (1.0, top)], "c-base")], "c", "x", "test perplexity"
+    )
+    ticks = re.findall(r'class="tick" x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', svg)
+    assert len(ticks) > 2 and all(float(x) - 7 * len(text) > 22 for x, text in ticks)

@@ -63,10 +63,6 @@ def line_chart(
     from_zero: bool = False,
 ) -> str:
     """Lines over a grid with round tick values; one line needs no legend, more are named in one above the plot."""
-    width, left, right, bottom = 560, 62, 16, 44
-    legend = legend_places(lines, left, width - right) if len(lines) > 1 else []
-    top = 14 + 20 * len({y for _, y in legend})
-    height = 266 + top
     points = [p for line in lines for p in line.points if math.isfinite(p[1])]
     if not points:
         return ""
@@ -74,6 +70,11 @@ def line_chart(
     ys = [y for _, y in points] + [y for y, _ in rules]
     x_ticks = ticks(min(xs), max(xs), 6)
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
+    width, right, bottom = 560, 16, 44
+    left = max(62, 34 + 7 * max(len(tick_text(tick)) for tick in y_ticks))  # the axis's name, then its ticks
+    legend = legend_places(lines, left, width - right) if len(lines) > 1 else []
+    top = 14 + 20 * len({y for _, y in legend})
+    height = 266 + top
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = min([*ys, y_ticks[0]]), max([*ys, y_ticks[-1]])
     if y_high <= y_low:
