@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from memdec import SparseDistributions, ops
 
@@ -140,3 +141,29 @@ def test_a_tensor_whose_memory_was_freed_is_refused():
     teacher.probs.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"teacher.probs: the tensor's memory was freed"):
         ops.alignment_loss(torch.randn(4, 100), labels, teacher)
+
+
+def test_a_tangent_is_refused_and_not_dropped():
+    """The kernels have no forward-mode derivative; without a word the answer would be zero."""
+    logits, tangent, labels = torch.randn(4, 100), torch.randn(4, 100), torch.zeros(4, dtype=torch.long)
+    teacher = SparseDistributions(torch.arange(5), torch.zeros(4, dtype=torch.int32), torch.ones(4), 100)
+    calls = [
+        lambda z: ops.token_log_prob(z, labels),
+        lambda z: ops.interpolate(z, tangent, 0.5),
+        lambda z: ops.interpolate_log_prob(z, tangent, labels, 0.5),
+        lambda z: ops.interpolate_sparse(z, teacher, 0.5),
+        lambda z: ops.alignment_loss(z, labels, teacher).total,
+        lambda z: ops.linear_alignment_loss(z, tangent, labels, teacher_of_four()).total,
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(call, (logits,), (tangent,))
+        with forward_ad.dual_level():
+            call(logits)  # a plain tensor is fine there
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                call(forward_ad.make_dual(logits, tangent))
+
+
+def teacher_of_four() -> SparseDistributions:
+    """Over a vocabulary of 4, for a head (4, 100)."""
+    return SparseDistributions(torch.arange(5), torch.zeros(4, dtype=torch.int32), torch.ones(4), 4)

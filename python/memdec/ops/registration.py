@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("memdec", "DEF")  # type: ignore[no-untyped-call]
 
@@ -45,7 +46,13 @@ _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_trans
 
 def is_traced(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through the registered operator: compiled, transformed, watched by a dispatch mode, or not
-    on plain tensors in the memory of the CPU or of a CUDA device."""
+    on plain tensors in the memory of the CPU or of a CUDA device.
+
+    Raises:
+        NotImplementedError: forward-mode differentiation is under way and one of the tensors has a tangent.
+    """
+    if getattr(forward_ad, "_current_level", 0) >= 0:
+        refuse_tangents(*tensors)
     if torch.compiler.is_compiling() or _transforms_active() or _dispatch_modes():
         return True
     plain = (torch.Tensor, torch.nn.Parameter)
@@ -53,6 +60,18 @@ def is_traced(*tensors: torch.Tensor | None) -> bool:
         tensor is not None and (type(tensor) not in plain or not (tensor.is_cpu or tensor.is_cuda))
         for tensor in tensors
     )
+
+
+def refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """Raise for a tensor with a tangent (``torch.func.jvp``, ``make_dual``), which a kernel would drop unseen."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        tangent = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+        if tangent is not None:
+            raise NotImplementedError(
+                "memdec's ops have no forward-mode derivative; use reverse mode: backward, torch.func.grad, vjp, jacrev"
+            )
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:

@@ -395,6 +395,14 @@ class _TextOfHtml(HTMLParser):
         if not self._silent:
             self.parts.append(data if self._preformatted else re.sub(r"\s+", " ", data))
 
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """``<![x[`` with a word that Python does not know is, as in a browser, a comment up to the next ``>``."""
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:
+            end = self.rawdata.find(">", i)
+            return end + 1 if end >= 0 else -1
+
     def _break(self, tag: str) -> None:
         if tag in _BLOCK_TAGS:
             self.parts.append("\n\n" if tag in _PARAGRAPH_TAGS else "\n")

@@ -476,7 +476,9 @@ def steps(run: Run, *, tensorboard: bool) -> None:
     if settings.lora_rank is not None:
         add_adapters(model, settings.lora_rank, settings.seed)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Newer transformers call it so, and the old name warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     student = Student(model, run.corpus.vocab_size, settings.beta)
     weights = MasterWeights(model, choose_dtype(settings.dtype, processes.device), weight_decay=settings.weight_decay)
     checkpoint = load_checkpoint(run.folder)
