@@ -323,8 +323,9 @@ def test_a_run_and_a_stage_are_no_models(memdec, capsys, tiny_model_dir, text_di
     run = tmp_path / "run"
     assert fit(memdec, tiny_model_dir, text_dir, run) == 0
     capsys.readouterr()
-    for command in (["generate", "The"], ["evaluate", "--text", str(run / "corpus"), "--out", str(tmp_path / "out")]):
-        for given, said in ((run, f"it made is {run / 'memory'}"), (run / "corpus", "")):
+    evaluation = ["evaluate", "--text", str(run / "corpus"), "--out", str(tmp_path / "out")]
+    for command, no_model in ((["generate", "The"], "is a stage's folder"), (evaluation, "memory_config.json")):
+        for given, said in ((run, f"it made is {run / 'memory'}"), (run / "corpus", no_model)):
             assert memdec(command[0], "--base", str(tiny_model_dir), "--memory", str(given), *command[1:]) == 1
             assert said in complaint(capsys)
 

@@ -103,8 +103,7 @@ class Manifest:
             for shard in shards:
                 if not (0 <= shard.bytes < LARGEST and 0 <= shard.rows < LARGEST):
                     raise ValueError(f"{shard.name!r} has {shard.rows} rows in {shard.bytes} bytes")
-                name = PurePosixPath(shard.name)
-                if name.is_absolute() or ".." in name.parts:
+                if leaves_folder(shard.name):
                     raise ValueError(f"shard name {shard.name!r} leaves the folder")
             if len({shard.name for shard in shards}) < len(shards):
                 raise ValueError("a shard is listed twice")
@@ -269,6 +268,12 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a listed file's name leads out of the folder that lists it."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def _size_problem(folder: Path, shard: Shard) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from memdec.errors import MemdecError
@@ -18,6 +18,7 @@ from memdec.stores.manifest import (
     REMEDY,
     Shard,
     check_files,
+    leaves_folder,
     list_files,
     read_checked_text,
     to_checked_text,
@@ -162,8 +163,7 @@ def _read(folder: Path) -> dict[str, Any]:
             isinstance(file, dict)
             and isinstance(file.get("bytes"), int)
             and isinstance(file.get("sha256"), str)
-            and not PurePosixPath(name).is_absolute()
-            and ".." not in PurePosixPath(name).parts
+            and not leaves_folder(name)
             for name, file in files.items()
         )
     )
