@@ -21,7 +21,8 @@ def test_the_stages_alone_make_what_fit_makes(memdec, fitted, tiny_model_dir, te
     assert "for train" in said and "for test" in said
     options = ["--context", "48", "--dtype", "float32"]
     assert memdec("datastore", model, str(out / "corpus"), "--out", str(out / "datastore"), *options) == 0
-    assert memdec("distributions", str(out / "datastore"), "--out", str(out / "distributions"), "--k", "32") == 0
+    assert memdec("distributions", str(out / "datastore"), "--out", str(out / "distributions"), "--k", "32",
+                  "--device", "cpu") == 0  # fmt: skip
     training = ["--max-steps", "6", "--learning-rate", "0.003", "--dtype", "float32"]
     stages = [model, str(out / "corpus"), str(out / "distributions")]
     assert memdec("train", *stages, "--base", model, "--out", str(out), *training) == 0

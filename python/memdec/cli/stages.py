@@ -322,6 +322,10 @@ def distributions(
     corpus: Annotated[Path | None, typer.Option(help="For knn-lm: the corpus that the datastore is of.")] = None,
     weight: Annotated[float | None, typer.Option(help="For knn-lm: lambda; default: tuned on validation text.")] = None,
     top_k: TopK = 64,
+    device: Device = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the language model, for lm and knn-lm: auto, float32, bfloat16 or float16.")
+    ] = "auto",
 ) -> None:
     """Stage 3: for every position find its nearest others and store what tokens followed them, as a distribution.
 
@@ -334,11 +338,15 @@ def distributions(
       memdec distributions run/corpus --teacher lm --model path/to/model --out run/teacher-lm
       memdec distributions run/datastore --teacher knn-lm --model path/to/model --corpus run/corpus --out run/teacher
     """
+    from memdec.modeling.scoring import check_device
     from memdec.pipeline.distributions import build_distributions
+    from memdec.pipeline.embed import default_device
     from memdec.pipeline.teachers import build_teacher
     from memdec.stores.datastore import Datastore
 
-    options = _given(model=model, weight=weight, top_k=top_k, codec=codec)
+    device = default_device() if device is None else device
+    check_device(device)
+    options = _given(model=model, weight=weight, top_k=top_k, codec=codec, device=device, dtype=dtype)
     if teacher not in ("knn", "knn-lm"):
         made = build_teacher(teacher, open_corpus(source), out, **options)
         typer.echo(
@@ -358,6 +366,7 @@ def distributions(
             min_prob=min_prob,
             codec=codec,
             memory_limit=memory_limit,
+            device=device,
         ),
     )
     if teacher == "knn-lm":
