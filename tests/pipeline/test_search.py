@@ -141,6 +141,17 @@ def test_the_cut_of_the_work_does_not_show(device, monkeypatch):
         torch.set_num_threads(threads)
         for one, other in zip(search_exact(queries, Rows(keys, cuts), 300, device=device), reference, strict=True):
             assert torch.equal(one, other)
+    copied = search._copied_keys(Rows(keys, [2400]), torch.device(device))
+    own = torch.arange(12)
+    for found, same in [
+        (search_exact(queries, copied, 300, device=device), reference),
+        (
+            search_exact(queries[:12], copied, 9, exclude_rows=own, exclude_documents=True, device=device),
+            search_exact(queries[:12], Rows(keys), 9, exclude_rows=own, exclude_documents=True, device=device),
+        ),
+    ]:
+        assert torch.equal(found[0], same[0]) and torch.equal(found[1], same[1])
+    assert search.keys_on_device(store := Rows(keys), "cpu") is store
     tight = search_exact(queries, Rows(keys), 300, memory_limit=2_000_000, device=device)
     assert torch.equal(tight[0], reference[0]) and torch.equal(tight[1], reference[1])
 

@@ -504,7 +504,7 @@ def _knn(setting: _Setting, model: Any, folder: Path, teacher: DistributionStore
     store = Datastore.open(folder)
     # A teacher of another kind says nothing about the search.
     beside = teacher.folder if "temperature" in teacher.manifest.results else None
-    settings = knn_settings(store, folder, beside)
+    settings = knn_settings(store, folder, beside, setting.device)
     found: dict[str, Tensor] = {}
     for text, protocol in setting.protocols.items():
         with progress(protocol.num_scored, unit="tokens", label=f"Embedding {text} text") as advance:

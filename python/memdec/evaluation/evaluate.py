@@ -287,7 +287,7 @@ def evaluate(
 
         assert datastore is not None
         store = Datastore.open(datastore)
-        knn = knn_settings(store, Path(datastore), distributions)
+        knn = knn_settings(store, Path(datastore), distributions, device)
         tell(f"Searching {store.num_rows:,} keys (k = {knn.k}, T = {knn.temperature:g}, λ = {knn.weight:g})")
         for index, protocol in enumerate(protocols):
             with progress(protocol.num_scored, unit="tokens", label="Embedding held-out text") as advance:
@@ -449,8 +449,9 @@ def _measure(
     )
 
 
-def knn_settings(store: Any, folder: Path, distributions: str | Path | None) -> KnnSettings:
-    """k, T and λ out of a distributions artefact's manifest, else chosen on the datastore's validation rows."""
+def knn_settings(store: Any, folder: Path, distributions: str | Path | None, device: str = "cpu") -> KnnSettings:
+    """k, T and λ out of a distributions artefact's manifest, else chosen on the datastore's validation rows, which
+    `device` then searches for."""
     from memdec.stores.manifest import Manifest
 
     beside = Path(distributions) if distributions is not None else folder.resolve().parent / "distributions"
@@ -461,7 +462,7 @@ def knn_settings(store: Any, folder: Path, distributions: str | Path | None) -> 
             source = "from the distributions, chosen on validation text"
             k = min(int(manifest.fields["k"]), store.num_rows)
             return KnnSettings(k, float(found["temperature"]), float(found["knn_lm"]["weight"]), source)
-    return tune_knn(store)
+    return tune_knn(store, device=device)
 
 
 def _is_unseen(text: object, card: Any, store: Any) -> bool:
@@ -545,6 +546,8 @@ def environment(model: Any = None) -> dict[str, Any]:
         parameter = next(model.parameters())
         facts["device"] = str(parameter.device)
         facts["dtype"] = str(parameter.dtype).removeprefix("torch.")
+        if parameter.is_cuda:
+            facts["device_name"] = torch.cuda.get_device_name(parameter.device)
     return facts
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from memdec.errors import MemdecError
 from memdec.modeling.keys import hidden_and_keys
-from memdec.modeling.structure import key_width
+from memdec.modeling.structure import input_device, key_width
 from memdec.pipeline.embed import model_fingerprint
-from memdec.pipeline.search import knn_probabilities, neighbour_tokens, search_exact
+from memdec.pipeline.search import keys_on_device, knn_probabilities, neighbour_tokens, search_exact
 from memdec.pipeline.temperature import choose_temperature
 from memdec.stores.windows import Window
 
@@ -113,7 +113,7 @@ def knn_log_prob(
     """log p_kNN(token r+1) for every row r that a window scores, NaN for the others; −inf where no neighbour holds it.
 
     Args:
-        model: the base model that embedded the datastore.
+        model: the base model that embedded the datastore; the search is where it is.
         datastore: a `memdec.stores.datastore.Datastore`.
         tokens: held-out tokens; none of them is in the datastore, so no row is excluded.
         cut: windows over them.
@@ -133,6 +133,7 @@ def knn_log_prob(
         k=min(k, datastore.num_rows),
         temperature=temperature,
         memory_limit=memory_limit,
+        device=input_device(model),
     )
     search_seconds = time.perf_counter() - begun
     scores = torch.full((int(tokens.numel()) - 1,), math.nan)
@@ -162,8 +163,11 @@ def check_made_by(model: Any, datastore: Any) -> None:
         )
 
 
-def tune_knn(datastore: Any, *, k: int = 1024, memory_limit: str = MEMORY_LIMIT) -> KnnSettings:
-    """T and λ by the likelihood of the interpolated kNN-LM on the validation rows that the datastore carries.
+def tune_knn(
+    datastore: Any, *, k: int = 1024, memory_limit: str = MEMORY_LIMIT, device: str | torch.device = "cpu"
+) -> KnnSettings:
+    """T and λ by the likelihood of the interpolated kNN-LM on the validation rows that the datastore carries, searched
+    for on `device`.
 
     Raises:
         MemdecError: the datastore carries no validation rows.
@@ -175,9 +179,11 @@ def tune_knn(datastore: Any, *, k: int = 1024, memory_limit: str = MEMORY_LIMIT)
             "Make it again from a corpus with a validation split, or leave knn-lm out of --compare."
         )
     k = min(k, datastore.num_rows)
+    searched = keys_on_device(datastore, device)
     distances, neighbours = [], []
     for first in range(0, len(validation.keys), QUERY_CHUNK):
-        found, ids = search_exact(validation.keys[first : first + QUERY_CHUNK], datastore, k, memory_limit=memory_limit)
+        some = validation.keys[first : first + QUERY_CHUNK]
+        found, ids = search_exact(some, searched, k, memory_limit=memory_limit, device=device)
         distances.append(found)
         neighbours.append(neighbour_tokens(datastore, ids))
     temperature, weight, _ = choose_temperature(

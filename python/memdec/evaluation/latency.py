@@ -39,9 +39,9 @@ from memdec.errors import MemdecError
 from memdec.evaluation.rag import EVERY, QUERY_TOKENS, Retriever, check_room
 from memdec.modeling.keys import captured_inputs, hidden_and_keys
 from memdec.modeling.scoring import vocabulary_width
-from memdec.modeling.structure import last_mlp, text_config
+from memdec.modeling.structure import input_device, last_mlp, text_config
 from memdec.ops import aggregate_neighbors, interpolate_sparse
-from memdec.pipeline.search import FaissIndex, neighbour_tokens, search_exact
+from memdec.pipeline.search import FaissIndex, keys_on_device, neighbour_tokens, search_exact
 
 Decoder = Callable[[Tensor, int], Tensor]
 
@@ -195,6 +195,9 @@ def knn_decoder(
             f"with another model ({datastore.model}). Take that one, or leave knn-lm out."
         )
     module = last_mlp(model, datastore.layer)[1]
+    device = input_device(model)
+    # A search for every token: what an index would keep in memory, exact search may keep on the device.
+    searched = keys_on_device(datastore, device) if index is None else datastore
 
     @torch.no_grad()
     def decode(prompt: Tensor, new_tokens: int) -> Tensor:
@@ -202,9 +205,9 @@ def knn_decoder(
 
             def choose(logits: Tensor) -> Tensor:
                 # Some models flatten the positions before their MLP: the last one's key is the last row either way.
-                key = captured.pop().reshape(-1, dim)[-1:].to("cpu", torch.float16)
+                key = captured.pop().reshape(-1, dim)[-1:].to(torch.float16)
                 if index is None:
-                    distances, ids = search_exact(key, datastore, k, device=logits.device)
+                    distances, ids = search_exact(key, searched, k, device=device)
                 else:
                     distances, ids = index.search(key, datastore, k)
                 teacher = aggregate_neighbors(

@@ -24,7 +24,9 @@ from memdec.pipeline.progress import progress
 from memdec.pipeline.search import (
     BACKENDS,
     FaissIndex,
+    KeyStore,
     build_index,
+    keys_on_device,
     neighbour_tokens,
     parse_bytes,
     recall_at_k,
@@ -128,7 +130,9 @@ def build_distributions(
         if backend != "exact":
             folder = out.with_name(f"{out.name}-index") if index is None else Path(index)
             found = build_index(datastore, folder, backend, memory_limit=limit, **(index_options or {}))
-        search = _Search(datastore, found, exclude_same_document, limit, device)
+        # A faiss index searches alone, but for the few rows that its recall is measured on.
+        searched = keys_on_device(datastore, device) if found is None else datastore
+        search = _Search(datastore, searched, found, exclude_same_document, limit, device)
         results = writer.manifest.results
         if "temperature" not in results:
             results.update(_measure(search, validation, k, temperature))
@@ -173,6 +177,7 @@ class _Search:
     """One way to search one datastore."""
 
     datastore: Datastore
+    searched: KeyStore  # the datastore, or its keys where the products are made
     index: FaissIndex | None
     whole_documents: bool
     memory_limit: int
@@ -185,14 +190,14 @@ class _Search:
     def train_rows(self, start: int, stop: int, k: int, *, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The neighbours of rows [start, stop), each but itself."""
         own = torch.arange(start, stop)
-        return self.queries(self.datastore.keys(start, stop), k, own, exact=exact)
+        return self.queries(self.searched.keys(start, stop), k, own, exact=exact)
 
     def queries(self, keys: Tensor, k: int, own: Tensor | None = None, *, exact: bool = False) -> tuple[Tensor, Tensor]:
         if self.index is not None and not exact:
             return self.index.search(keys, self.datastore, k, exclude_rows=own, exclude_documents=self.whole_documents)
         return search_exact(
             keys,
-            self.datastore,
+            self.searched,
             k,
             exclude_rows=own,
             exclude_documents=self.whole_documents,

@@ -80,6 +80,55 @@ def parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * units[match[2].upper()])
 
 
+@dataclass(frozen=True)
+class _KeysOnDevice:
+    """All keys of a datastore in the memory of an accelerator, for many searches that would each send them anew."""
+
+    datastore: KeyStore
+    stored: Tensor  # (rows, dim) float16
+    mean: Tensor  # (dim,) float32, on the CPU
+
+    @property
+    def num_rows(self) -> int:
+        return self.datastore.num_rows
+
+    @property
+    def dim(self) -> int:
+        return self.datastore.dim
+
+    @property
+    def shard_bounds(self) -> list[tuple[int, int]]:
+        return [(0, self.num_rows)]
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        return self.stored[start:stop]
+
+    def document_bounds(self, rows: Tensor) -> Tensor:
+        return self.datastore.document_bounds(rows)
+
+
+def keys_on_device(datastore: KeyStore, device: str | torch.device) -> KeyStore:
+    """The datastore as many searches on `device` want it: its keys copied there once, where it is a CUDA device that
+    has four times their room free; else itself.
+
+    A search with it finds what a search with the datastore finds. Its keys come on top of the search's memory limit.
+    """
+    place = _Place.of(torch.device(device))
+    if place.filter.type != "cuda":
+        return datastore
+    if 4 * 2 * datastore.num_rows * datastore.dim > torch.cuda.mem_get_info(place.filter)[0]:
+        return datastore
+    return _copied_keys(datastore, place.filter)
+
+
+def _copied_keys(datastore: KeyStore, device: torch.device) -> _KeysOnDevice:
+    stored = torch.empty(datastore.num_rows, datastore.dim, dtype=torch.float16, device=device)
+    for start in range(0, datastore.num_rows, _DEVICE_KEY_BLOCK):
+        stop = min(start + _DEVICE_KEY_BLOCK, datastore.num_rows)
+        stored[start:stop] = datastore.keys(start, stop)
+    return _KeysOnDevice(datastore, stored, _mean_key(datastore))
+
+
 def search_exact(
     queries: Tensor,  # (n, dim) any float dtype
     datastore: KeyStore,
@@ -97,7 +146,7 @@ def search_exact(
 
     Args:
         queries: (n, dim).
-        datastore: the rows to search.
+        datastore: the rows to search; for many searches on an accelerator see :func:`keys_on_device`.
         k: neighbours, at most ``datastore.num_rows``.
         exclude_rows: for each query the id of the row that must not be found, its own; −1: none. By id, not by place:
             of several rows with the query's key only that one is left out.
@@ -120,7 +169,7 @@ def search_exact(
     limit = parse_bytes(memory_limit)
     key_block = min(place.key_block(limit, datastore.dim), datastore.num_rows)
     query_block = _queries_that_fit(limit, datastore.dim, keep, key_block, place)
-    mean = _mean_key(datastore)
+    mean = datastore.mean if isinstance(datastore, _KeysOnDevice) else _mean_key(datastore)
     distances = torch.empty(len(queries), k)
     ids = torch.empty(len(queries), k, dtype=torch.int64)
     for start in range(0, len(queries), query_block):
@@ -399,6 +448,7 @@ def knn_probabilities(
     temperature: float,
     index: FaissIndex | None = None,
     memory_limit: int | str = "1GiB",
+    device: str | torch.device = "cpu",
 ) -> Tensor:  # (n,) float32
     """q(target): what the kNN distribution of each query gives to the token that came; nothing is excluded.
 
@@ -412,6 +462,7 @@ def knn_probabilities(
         temperature: T.
         index: a faiss index over the datastore; None is exact search.
         memory_limit: working memory of exact search, and of the results that are held at once.
+        device: where exact search makes its products.
 
     Raises:
         MemdecError: as ``search_exact``.
@@ -420,11 +471,12 @@ def knn_probabilities(
 
     k = min(k, datastore.num_rows)
     chunk = max(1, min(len(queries), parse_bytes(memory_limit) // (40 * k)))
+    searched = keys_on_device(datastore, device) if index is None else datastore
     parts = [torch.empty(0)]
     for start in range(0, len(queries), chunk):
         some = queries[start : start + chunk]
         if index is None:
-            distances, ids = search_exact(some, datastore, k, memory_limit=memory_limit)
+            distances, ids = search_exact(some, searched, k, memory_limit=memory_limit, device=device)
         else:
             distances, ids = index.search(some, datastore, k)
         tokens = neighbour_tokens(datastore, ids)
