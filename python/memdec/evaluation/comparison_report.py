@@ -152,12 +152,13 @@ def caption(comparison: dict[str, Any]) -> str:
     texts, settings, facts = comparison["texts"], comparison["settings"], comparison["environment"]
     budget = comparison["budget"]
     commit = f", commit {facts['commit']}" if facts.get("commit") else ""
+    machine = facts.get("device_name") or f"{facts.get('threads')} threads"
     return (
         f"{texts['test']['scored']:,} tokens of {texts['test']['documents']:,} held-out documents of "
         f"{texts['test']['source']}; sliding window {settings['context']}/{settings['stride']}; tuned on "
         f"{texts['validation']['scored']:,} tokens of validation text; general text: {texts['general']['source']}, "
         f"{texts['general']['scored']:,} tokens. Base {comparison['models']['base']}, {facts.get('dtype')}, "
-        f"{facts.get('threads')} threads, torch {facts.get('torch')}, transformers {facts.get('transformers')}, memdec "
+        f"{machine}, torch {facts.get('torch')}, transformers {facts.get('transformers')}, memdec "
         f"{facts.get('memdec')}{commit}. Greatest budget {budget['total']:.2e} operations (the "
         f"memory's: datastore {budget['datastore']:.1e}, search {budget['search']:.1e}, training "
         f"{budget['training']:.1e}). Latency: {settings['latency']['new_tokens']} tokens, over the base of this run."
