@@ -14,9 +14,12 @@ import torch
 from torch.nn.functional import log_softmax
 
 from memdec import MemdecError
+from memdec.modeling.scoring import check_device
+from memdec.ops import launch
 from memdec.pipeline import embed
 from memdec.pipeline.corpus import build_corpus
-from memdec.pipeline.embed import build_datastore
+from memdec.pipeline.embed import build_datastore, default_device
+from memdec.pipeline.processes import join_processes
 from memdec.stores.corpus import Corpus
 from memdec.stores.datastore import Datastore
 from memdec.stores.verify import verify
@@ -119,7 +122,8 @@ def test_stopped_after_any_shard_gives_the_same_bytes(
 
 KILLED = """
 import os, signal, sys
-from memdec.pipeline.embed import build_datastore
+from memdec.pipeline.embed import build_datastore, default_device
+from memdec.pipeline.processes import join_processes
 from memdec.stores import atomic, datastore
 import torch
 torch.set_num_threads(2)
@@ -252,3 +256,17 @@ def test_a_second_run_at_the_same_time_is_refused(
 
     with folder_lock(tmp_path / "out"), pytest.raises(MemdecError, match="is being written by"):
         build_datastore(tiny_llama(), corpus, tmp_path / "out", context=64)
+
+
+def test_the_gpu_is_the_default_only_where_this_build_has_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for the CPU on a machine with a GPU must work without being told to keep off it."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for kernels, gpu, wanted in [(False, True, "cpu"), (True, False, "cpu"), (True, True, "cuda")]:
+        monkeypatch.setattr(launch, "HAS_CUDA", kernels)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert default_device() == wanted
+        assert join_processes(None).device.type == wanted
+    monkeypatch.setattr(launch, "HAS_CUDA", False)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))  # as if it were on the GPU
+    with pytest.raises(MemdecError, match="--device cuda: this build of memdec has no CUDA kernels"):
+        check_device("cuda")

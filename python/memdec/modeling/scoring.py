@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from memdec.errors import MemdecError
 from memdec.modeling.structure import head_is_plain, input_device, logits_from_hidden, output_head, trunk
 from memdec.modeling.tokenizers import first_line, locate
-from memdec.ops import token_log_prob
+from memdec.ops import launch, token_log_prob
 
 LOGGER = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def forget_quantisation(model: Any) -> None:
 
 
 def check_device(device: torch.device | str | None) -> None:
-    """Raise ``MemdecError`` unless tensors can be put on `device`."""
+    """Raise ``MemdecError`` unless tensors can be put on `device`, and computed on by memdec's own ops."""
     if device is None:
         return
     try:
@@ -270,6 +270,11 @@ def check_device(device: torch.device | str | None) -> None:
         raise MemdecError(
             f"--device {device}: it cannot be used here ({reason.rstrip('.')}). "
             "Use --device cpu, or leave --device out."
+        )
+    if torch.device(device).type == "cuda" and not launch.HAS_CUDA:
+        raise MemdecError(
+            f"--device {device}: this build of memdec has no CUDA kernels. Install it from source where nvcc is on the "
+            "PATH (pip install --config-settings=cmake.define.MEMDEC_CUDA=on .), or use --device cpu."
         )
 
 

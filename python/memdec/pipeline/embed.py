@@ -22,7 +22,7 @@ from memdec.modeling.keys import hidden_and_keys
 from memdec.modeling.scoring import load_causal_lm, vocabulary_width
 from memdec.modeling.structure import head_is_plain, last_mlp, logits_from_hidden, output_head, text_config
 from memdec.modeling.tokenizers import fingerprint, load_tokenizer
-from memdec.ops import token_log_prob
+from memdec.ops import launch, token_log_prob
 from memdec.pipeline.progress import progress
 from memdec.stores.corpus import Corpus, TokenSplit
 from memdec.stores.datastore import Datastore, DatastoreWriter, ValidationRows, to_float16
@@ -141,8 +141,8 @@ def build_datastore(
 
 
 def default_device() -> str:
-    """``"cuda"`` where there is a GPU, else ``"cpu"``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """``"cuda"`` where there is a GPU and this build of memdec has kernels for it, else ``"cpu"``."""
+    return "cuda" if launch.HAS_CUDA and torch.cuda.is_available() else "cpu"
 
 
 def _write_train(

@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from memdec.pipeline.embed import default_device
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -64,6 +66,4 @@ def join_processes(device: torch.device | str | None) -> Processes:
         # The first process may search layers for a cut memory, or write to a slow disk, while the others wait.
         state = PartialState(cpu=device is not None and torch.device(device).type == "cpu", timeout=timedelta(hours=2))
         return Processes(state.device, state.process_index, state.num_processes)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Processes(torch.device(device))
+    return Processes(torch.device(default_device() if device is None else device))
