@@ -54,10 +54,11 @@ def initialise(
     Raises:
         MemdecError: the model has fewer blocks than `layers`, or cannot be loaded.
     """
-    model = load_causal_lm(init, dtype="auto" if layers is not None else torch.float32, device=device)
+    # Float32 for the cut too: added to bfloat16 weights, half of the mending would be rounded away.
+    model = load_causal_lm(init, dtype=torch.float32, device=device)
     total = len(blocks(model)[1])
     if layers is None or layers == total:
-        return model if layers is None else model.float()
+        return model
     keep = choose_blocks(total, layers)
     windows = [] if calibration is None else calibration_windows(calibration, context)
     places = changed_places(keep, total) if windows else []
