@@ -711,11 +711,11 @@ def drawing_from(generator: torch.Generator | None, device: torch.device) -> Ite
         return
     if generator.device.type != device.type:
         raise ValueError(f"generator: got one on {generator.device}, wanted one on {device}, where the logits are")
-    module = torch.cuda if device.type == "cuda" else torch.random
-    before = module.get_rng_state()
-    module.set_rng_state(generator.get_state())
+    module, where = (torch.cuda, [device]) if device.type == "cuda" else (torch.random, [])
+    before = module.get_rng_state(*where)
+    module.set_rng_state(generator.get_state(), *where)
     try:
         yield
     finally:
-        generator.set_state(module.get_rng_state())
-        module.set_rng_state(before)
+        generator.set_state(module.get_rng_state(*where))
+        module.set_rng_state(before, *where)
