@@ -106,6 +106,20 @@ def test_a_grid_that_was_stopped_goes_on_and_a_larger_one_keeps_its_lines(text, 
     assert (out / "runs" / "beta=0.25" / "memory" / "model.safetensors").stat().st_mtime_ns == first
 
 
+def test_adapted_teachers_are_made_once_and_kept_apart(text, tiny_model_dir, tmp_path):
+    """Plain and adapted keys are two datastores; what teaches is what `fit` alone would have."""
+    out = tmp_path / "out"
+    short = {**OPTIONS, "max_steps": 2}
+    grid = {"teacher": ["knn", "knn-lm"], "adapt_epochs": [0, 1, 2]}
+    runs = ablate(tiny_model_dir, text, out, grid, **short)
+    assert len(list(out.glob("adapted-*"))) == 2 and len(list(out.glob("datastore-*"))) == 3
+    assert len(list(out.glob("distributions-*"))) == 3 and len(list(out.glob("teacher-*"))) == 3
+    assert len({run.memory_perplexity for run in runs}) == 6
+    alone = fit(tiny_model_dir, text, tmp_path / "alone", **short, teacher="knn-lm", adapt_epochs=1)
+    made = out / "runs" / "adapt_epochs=1_teacher=knn-lm" / "memory"
+    assert (made / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
 def test_search_settings_share_the_datastore(text, tiny_model_dir, tmp_path):
     out = tmp_path / "out"
     ablate(tiny_model_dir, text, out, {"k": [4, 16], "temperature": [1.0, 100.0]}, **{**OPTIONS, "max_steps": 1})
@@ -138,7 +152,8 @@ def test_a_grid_that_is_none(part):
 
 
 def test_a_value_that_cannot_be_is_refused_at_once(text, tiny_model_dir, tmp_path):
-    for grid in ({"beta": [0.5, 2.0]}, {"teacher": ["nonsense"]}, {"context": [4]}):
+    nothing_asks = {"teacher": ["one-hot"], "adapt_epochs": [1]}
+    for grid in ({"beta": [0.5, 2.0]}, {"teacher": ["nonsense"]}, {"context": [4]}, nothing_asks):
         with pytest.raises(MemdecError):
             ablate(tiny_model_dir, text, tmp_path / "out", grid)
         assert not (tmp_path / "out").exists()

@@ -3,7 +3,8 @@
     memdec fit MODEL CORPUS --out DIR --ablate beta=0,0.5,1 --ablate teacher=knn,lm
 
 Every combination of the values is a run, a folder in ``DIR/runs`` with ``training`` and ``memory``. What runs share is
-made once: the corpus, a datastore for each teacher's model, distributions for each setting of the search. A run that
+made once: the corpus, an adapted model for each setting of that, a datastore for each teacher's model, distributions
+for each setting of the search. A run that
 has ended is a line of ``DIR/ablation.jsonl``; stopped, the same command goes on, and a larger grid takes over what a
 smaller one has made. All memories are judged on the same test tokens, α tuned on validation text; ``DIR/ablation.html``
 shows one plot a setting.
@@ -30,6 +31,7 @@ from memdec.evaluation.held_out import load_held_out
 from memdec.evaluation.perplexity import sliding_protocol
 from memdec.modeling.scoring import load_causal_lm, mixture_log_prob, perplexity, score_tokens
 from memdec.modeling.tokenizers import load_tokenizer
+from memdec.pipeline.adapt import SHARED, adapt_model, check_adaptation
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions
 from memdec.pipeline.embed import build_datastore, default_device
@@ -58,6 +60,7 @@ AXES: dict[str, tuple[Callable[[str], Any], str]] = {
     "min_prob": (float, "search"),
     "teacher": (str, "teacher"),
     "teacher_model": (str, "teacher"),
+    "adapt_epochs": (int, "teacher"),
     "top_k": (int, "teacher"),
 }
 CORPUS_OPTIONS = ("fractions", "text_field", "workers", "max_tokens", "validation", "test")
@@ -153,6 +156,8 @@ def ablate(
         Settings(**settings).check()
         if {**options, **combination}.get("teacher", "knn") not in TEACHERS:
             raise MemdecError(f"--teacher wants one of {', '.join(TEACHERS)}; got {combination.get('teacher')!r}.")
+        both = {**options, **combination}
+        check_adaptation(both.get("adapt_epochs", 0), both.get("teacher", "knn"))
     folder = make_folder(Path(out))
     with folder_lock(folder):
         text = build_corpus(os.fspath(corpus), os.fspath(model), folder / "corpus", seed=int(options.get("seed", 0)),
@@ -185,16 +190,25 @@ def _teacher(settings: Mapping[str, Any], model: Any, text: Any, folder: Path) -
     """The teacher's distributions for one combination, made unless another run has made them."""
     kind = settings.get("teacher", "knn")
     taught_by = settings.get("teacher_model") or model
+    called = slug(taught_by)  # what is made with it
+    if settings.get("adapt_epochs"):
+        shared = _chosen(settings, SHARED)
+        called = f"adapted-{name_of({'of': taught_by, 'epochs': settings['adapt_epochs'], **shared})}"
+        taught_by = adapt_model(taught_by, text, folder / called, epochs=settings["adapt_epochs"],
+                                **{"tensorboard": False, **_chosen(settings, ("save_every", "tensorboard", "device"))},
+                                **shared)  # fmt: skip
     knn = None
     if kind in ("knn", "knn-lm"):
-        datastore = build_datastore(os.fspath(taught_by), text, folder / f"datastore-{slug(taught_by)}",
+        datastore = build_datastore(os.fspath(taught_by), text, folder / f"datastore-{called}",
                                     **_chosen(settings, DATASTORE_OPTIONS))  # fmt: skip
         search = _chosen(settings, SEARCH_OPTIONS)
-        knn = build_distributions(datastore, folder / f"distributions-{name_of({'of': taught_by, **search})}",
+        knn = build_distributions(datastore, folder / f"distributions-{name_of({'of': called, **search})}",
                                   device=settings.get("device") or default_device(), **search)  # fmt: skip
     if kind == "knn":
         return knn
     told = {"teacher": kind, **_chosen(settings, ("teacher_model", "top_k", "context", "stride"))}
+    if settings.get("adapt_epochs"):
+        told["of"] = called
     if kind == "knn-lm":
         told |= _chosen(settings, SEARCH_OPTIONS)
     return build_teacher(kind, text, folder / f"teacher-{name_of(told)}", knn=knn, model=taught_by,
