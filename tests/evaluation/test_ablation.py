@@ -15,6 +15,7 @@ from memdec.evaluation import ablation
 from memdec.evaluation.ablation import ablate, parse_grid
 from memdec.pipeline.fit import fit
 from memdec.stores.corpus import Corpus
+from memdec.stores.memory import read_memory_card
 
 OPTIONS = {"fractions": (0.6, 0.2, 0.2), "context": 48, "k": 16, "epochs": 1, "learning_rate": 3e-3, "dtype": "float32"}
 
@@ -118,6 +119,36 @@ def test_adapted_teachers_are_made_once_and_kept_apart(text, tiny_model_dir, tmp
     alone = fit(tiny_model_dir, text, tmp_path / "alone", **short, teacher="knn-lm", adapt_epochs=1)
     made = out / "runs" / "adapt_epochs=1_teacher=knn-lm" / "memory"
     assert (made / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
+def test_what_is_adapted_does_not_follow_the_memory_s_settings(text, tiny_model_dir, tmp_path):
+    out = tmp_path / "out"
+    short = {**OPTIONS, "max_steps": 2, "adapt_epochs": 1}
+    ablate(tiny_model_dir, text, out, {"learning_rate": [1e-4, 1e-2], "beta": [1.0]}, **short)
+    assert len(list(out.glob("adapted-*"))) == len(list(out.glob("datastore-*"))) == 1
+    (adapted,) = out.glob("adapted-*/memory")
+    assert read_memory_card(adapted).provenance["learning_rate"] == OPTIONS["learning_rate"]
+
+
+def test_several_grids_are_made_in_their_order_and_each_run_once(text, tiny_model_dir, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    grids = [
+        {"beta": [0.5], "layers": [None]},
+        {"layers": [1], "beta": [0.0, 0.5]},
+        {"beta": [0.5, 0.0], "layers": [1]},
+    ]
+    short = {**OPTIONS, "max_steps": 2, "validation_tokens": 512}
+    runs = ablate(tiny_model_dir, text, out, grids, **short)
+    expected = [(0.5, None), (0.0, 1), (0.5, 1)]
+    assert [(run.settings["beta"], run.settings["layers"]) for run in runs] == expected
+    assert (out / "ablation.html").read_text().count("<svg") == 2
+    # Made once, a run is read again: no model is loaded to score it.
+    monkeypatch.setattr(ablation, "load_causal_lm", None)
+    again = ablate(tiny_model_dir, text, out, grids, **short)
+    assert again == runs
+    with pytest.raises(MemdecError, match="vary the same settings"):
+        ablate(tiny_model_dir, text, tmp_path / "no", [{"beta": [0.5]}, {"layers": [1]}], **short)
+    assert not (tmp_path / "no").exists()
 
 
 def test_search_settings_share_the_datastore(text, tiny_model_dir, tmp_path):

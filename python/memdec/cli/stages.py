@@ -221,8 +221,7 @@ def ablate_settings(model: str, source: str, out: Path, parts: list[str], option
     from memdec.evaluation.ablation import ablate, parse_grid
 
     grid = parse_grid(parts)
-    common = {name: value for name, value in options.items() if name not in grid}
-    runs = ablate(model, source, out, grid, say=remark, **common)
+    runs = ablate(model, source, out, grid, say=remark, **options)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in (*(name.replace("_", "-") for name in grid), "alpha", "validation", "test", "memory alone"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -409,6 +409,11 @@ class Run:
     step: int = 0  # optimiser steps done
     best: dict[str, dict[str, Any]] = field(default_factory=dict)  # the best evaluation so far, by judge
     log_bytes: int = 0  # length of log.jsonl
+    saved: set[str] = field(default_factory=set)  # the newest checkpoint's folder, and the candidates it refers to
+
+    def candidates(self) -> set[str]:
+        """The folders of the best evaluations so far."""
+        return {f"best-{int(best['step']):08d}" for best in self.best.values()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the tensors."""
@@ -498,6 +503,7 @@ def steps(run: Run, *, tensorboard: bool) -> None:
                 f"the checkpoint in {run.folder} is of another model: {error}. Delete the folder."
             ) from None
         run.best, run.log_bytes = state["best"], int(state["log_bytes"])
+        run.saved = {f"checkpoint-{run.step:08d}", *run.candidates()}
         del tensors, checkpoint
         LOGGER.info("continuing after step %d of %d", run.step, plan.total_steps)
     processes.wait()
@@ -510,7 +516,8 @@ def steps(run: Run, *, tensorboard: bool) -> None:
     ):
         if run.step == 0 and not run.best:
             evaluate(run, model, log)
-            save(run, weights)
+            if not run.save_every:
+                save(run, weights)
         while run.step < plan.total_steps:
             began = time.monotonic()
             losses = one_step(run, student, weights)
@@ -524,11 +531,16 @@ def steps(run: Run, *, tensorboard: bool) -> None:
             evaluated = run.step % plan.eval_every == 0 or run.step == plan.total_steps
             if evaluated:
                 evaluate(run, model, log)
-            due = run.step % run.save_every == 0 if run.save_every else time.monotonic() - saved_at > SAVE_SECONDS
+            if run.save_every:
+                due = run.step % run.save_every == 0
+            else:
+                due = evaluated or time.monotonic() - saved_at > SAVE_SECONDS
             stop = processes.agree(interrupted())
-            if evaluated or stop or processes.agree(due):
+            if stop or processes.agree(due):
                 save(run, weights)
                 saved_at = time.monotonic()
+            elif evaluated and processes.first:
+                keep_only(run.folder, run.saved | run.candidates())
             if stop:
                 LOGGER.warning("stopped after step %d; the same command continues from there", run.step)
                 raise KeyboardInterrupt
@@ -611,8 +623,8 @@ def save(run: Run, weights: MasterWeights) -> None:
     """Write a checkpoint; then those that it replaces may go."""
     if run.processes.first:
         save_checkpoint(run.folder, run.step, weights.state(), run.state())
-        kept = {f"best-{int(best['step']):08d}" for best in run.best.values()}
-        keep_only(run.folder, {f"checkpoint-{run.step:08d}", *kept})
+        run.saved = {f"checkpoint-{run.step:08d}", *run.candidates()}
+        keep_only(run.folder, run.saved)
     run.processes.wait()
 
 
