@@ -15,6 +15,7 @@ from memdec.evaluation import ablation
 from memdec.evaluation.ablation import ablate, parse_grid
 from memdec.pipeline.fit import fit
 from memdec.stores.corpus import Corpus
+from memdec.stores.memory import read_memory_card
 
 OPTIONS = {"fractions": (0.6, 0.2, 0.2), "context": 48, "k": 16, "epochs": 1, "learning_rate": 3e-3, "dtype": "float32"}
 
@@ -106,6 +107,50 @@ def test_a_grid_that_was_stopped_goes_on_and_a_larger_one_keeps_its_lines(text, 
     assert (out / "runs" / "beta=0.25" / "memory" / "model.safetensors").stat().st_mtime_ns == first
 
 
+def test_adapted_teachers_are_made_once_and_kept_apart(text, tiny_model_dir, tmp_path):
+    """Plain and adapted keys are two datastores; what teaches is what `fit` alone would have."""
+    out = tmp_path / "out"
+    short = {**OPTIONS, "max_steps": 2}
+    grid = {"teacher": ["knn", "knn-lm"], "adapt_epochs": [0, 1, 2]}
+    runs = ablate(tiny_model_dir, text, out, grid, **short)
+    assert len(list(out.glob("adapted-*"))) == 2 and len(list(out.glob("datastore-*"))) == 3
+    assert len(list(out.glob("distributions-*"))) == 3 and len(list(out.glob("teacher-*"))) == 3
+    assert len({run.memory_perplexity for run in runs}) == 6
+    alone = fit(tiny_model_dir, text, tmp_path / "alone", **short, teacher="knn-lm", adapt_epochs=1)
+    made = out / "runs" / "adapt_epochs=1_teacher=knn-lm" / "memory"
+    assert (made / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
+def test_what_is_adapted_does_not_follow_the_memory_s_settings(text, tiny_model_dir, tmp_path):
+    out = tmp_path / "out"
+    short = {**OPTIONS, "max_steps": 2, "adapt_epochs": 1}
+    ablate(tiny_model_dir, text, out, {"learning_rate": [1e-4, 1e-2], "beta": [1.0]}, **short)
+    assert len(list(out.glob("adapted-*"))) == len(list(out.glob("datastore-*"))) == 1
+    (adapted,) = out.glob("adapted-*/memory")
+    assert read_memory_card(adapted).provenance["learning_rate"] == OPTIONS["learning_rate"]
+
+
+def test_several_grids_are_made_in_their_order_and_each_run_once(text, tiny_model_dir, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    grids = [
+        {"beta": [0.5], "layers": [None]},
+        {"layers": [1], "beta": [0.0, 0.5]},
+        {"beta": [0.5, 0.0], "layers": [1]},
+    ]
+    short = {**OPTIONS, "max_steps": 2, "validation_tokens": 512}
+    runs = ablate(tiny_model_dir, text, out, grids, **short)
+    expected = [(0.5, None), (0.0, 1), (0.5, 1)]
+    assert [(run.settings["beta"], run.settings["layers"]) for run in runs] == expected
+    assert (out / "ablation.html").read_text().count("<svg") == 2
+    # Made once, a run is read again: no model is loaded to score it.
+    monkeypatch.setattr(ablation, "load_causal_lm", None)
+    again = ablate(tiny_model_dir, text, out, grids, **short)
+    assert again == runs
+    with pytest.raises(MemdecError, match="vary the same settings"):
+        ablate(tiny_model_dir, text, tmp_path / "no", [{"beta": [0.5]}, {"layers": [1]}], **short)
+    assert not (tmp_path / "no").exists()
+
+
 def test_search_settings_share_the_datastore(text, tiny_model_dir, tmp_path):
     out = tmp_path / "out"
     ablate(tiny_model_dir, text, out, {"k": [4, 16], "temperature": [1.0, 100.0]}, **{**OPTIONS, "max_steps": 1})
@@ -138,7 +183,8 @@ def test_a_grid_that_is_none(part):
 
 
 def test_a_value_that_cannot_be_is_refused_at_once(text, tiny_model_dir, tmp_path):
-    for grid in ({"beta": [0.5, 2.0]}, {"teacher": ["nonsense"]}, {"context": [4]}):
+    nothing_asks = {"teacher": ["one-hot"], "adapt_epochs": [1]}
+    for grid in ({"beta": [0.5, 2.0]}, {"teacher": ["nonsense"]}, {"context": [4]}, nothing_asks):
         with pytest.raises(MemdecError):
             ablate(tiny_model_dir, text, tmp_path / "out", grid)
         assert not (tmp_path / "out").exists()

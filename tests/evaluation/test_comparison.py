@@ -76,7 +76,8 @@ def splits(run, name: str) -> torch.Tensor:
 def folder_of(run, name: str) -> Path:
     if name == "base":
         return run.base
-    return run.root / ("run" if name == "memory" else f"out/rivals/{name}") / "memory"
+    places = {"memory": "run/memory", "dapt": "out/rivals/dapt/alone", "second-model": "out/rivals/dapt/memory"}
+    return run.root / places.get(name, f"out/rivals/{name}/memory")
 
 
 @pytest.mark.parametrize("method", ["base", "dapt", "lora", "memory-alone"])
@@ -159,6 +160,101 @@ def test_no_rival_spends_more_than_the_memory(run):
     assert result.budget["training"] == pytest.approx(6 * (head + blocks) * 2 * rows)
 
 
+def test_dapt_and_the_second_model_are_one_training_judged_twice(run, tmp_path):
+    """Each keeps, byte for byte, what a training of its own with its own judge keeps."""
+    from memdec.pipeline.train import train_memory
+
+    found = run.result.settings["rivals"]
+    assert sorted(path.name for path in (run.root / "out" / "rivals").iterdir()) == ["dapt", "lm-memory", "lora"]
+    corpus, shared = run.root / "run" / "corpus", {"epochs": 2, "learning_rate": 3e-3, "dtype": "float32", "beta": 0.0}
+    for name, judge in (("dapt", "alone"), ("second-model", "mixture")):
+        alone = train_memory(run.base, corpus, run.root / "run" / "distributions", tmp_path / name, judge=judge,
+                             tensorboard=False, **shared)  # fmt: skip
+        weights = [folder / "model.safetensors" for folder in (alone, folder_of(run, name))]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+        assert found[name]["steps"] == run.result.budget["steps"]
+    # With a rate of its own the second model is a training of its own.
+    other = compare(run.base, run.root / "run" / "memory", corpus, tmp_path / "out", methods=["dapt", "second-model"],
+                    learning_rates={"second-model": 1e-3}, general=run.root / "general.txt", **OPTIONS)  # fmt: skip
+    assert {path.name for path in (tmp_path / "out" / "rivals").iterdir()} == {"dapt", "second-model"}
+    assert other.settings["rivals"]["second-model"]["settings"]["learning_rate"] == 1e-3
+
+
+@pytest.fixture(scope="module")
+def adapted_run(run, tmp_path_factory):
+    """A memory whose teacher was adapted first, for two epochs more, and its comparison."""
+    root = tmp_path_factory.mktemp("adapted")
+    fit(run.base, run.root / "text", root / "run", fractions=(0.6, 0.2, 0.2), context=CONTEXT, k=16, epochs=2,
+        learning_rate=3e-3, dtype="float32", teacher="knn-lm", adapt_epochs=2)  # fmt: skip
+    said: list[str] = []
+    methods = ["knn-lm", "dapt", "second-model", "memory"]
+    result = compare(run.base, root / "run" / "memory", root / "run" / "corpus", root / "out", methods=methods,
+                     general=run.root / "general.txt", say=said.append, **OPTIONS)  # fmt: skip
+    return SimpleNamespace(root=root, result=result, said="\n".join(said))
+
+
+def test_the_adaptation_is_in_the_bill(run, adapted_run):
+    """Its steps and operations are the memory's too, so the rivals may spend them."""
+    budget, plain = adapted_run.result.budget, run.result.budget
+    assert budget["adaptation"] == budget["training"] == plain["training"]
+    assert budget["adaptation_steps"] == budget["steps"] == plain["steps"]
+    assert budget["total"] == pytest.approx(plain["total"] + budget["adaptation"])
+    rivals = adapted_run.result.settings["rivals"]
+    for name in ("dapt", "second-model"):
+        each = rivals[name]["flops"] / rivals[name]["steps"]
+        assert rivals[name]["steps"] == min(2 * budget["steps"], budget["total"] // each)
+        assert rivals[name]["steps"] > budget["steps"] and rivals[name]["flops"] <= budget["total"]
+    assert f"{budget['total']:.2e} operations (adapting its teacher {budget['adaptation']:.1e}" in adapted_run.said
+    assert f"adaptation {budget['adaptation']:.1e}" in markdown_table(json.loads(adapted_run.result.to_json()))
+
+
+def test_the_adapted_teacher_has_rows_of_its_own(run, adapted_run):
+    result, folder = adapted_run.result, adapted_run.root / "run" / "adapted" / "memory"
+    test, validation = splits(run, "test"), splits(run, "validation")
+    assert result.entry("adapted-alone").perplexity == pytest.approx(perplexity(log_probs(folder, test)), rel=1e-4)
+    pair = [log_probs(model, validation) for model in (run.base, folder)]
+    curve = {alpha: perplexity(mixed(*pair, alpha)) for alpha in ALPHAS}
+    assert curve[result.entry("adapted").weight] == pytest.approx(min(curve.values()), rel=1e-5)
+    page = render_comparison(json.loads(result.to_json()))
+    assert "base + adapted teacher" in page and "base + adapted teacher" not in render_comparison(
+        json.loads(run.result.to_json())
+    )
+
+
+def test_the_knn_lm_of_an_adapted_run_searches_the_base_s_own_keys(run, adapted_run):
+    """The run's datastore is the adapted model's; the rival's is made here, and is what `fit` with the base makes."""
+    from memdec.stores.datastore import Datastore
+
+    places = (adapted_run.root / "out" / "rivals" / "knn-lm", run.root / "run", adapted_run.root / "run")
+    made, plain, of_teacher = (Datastore.open(place / "datastore").manifest.checksum for place in places)
+    assert made == plain != of_teacher
+    ours, theirs = adapted_run.result.entry("knn-lm"), run.result.entry("knn-lm")
+    assert ours.settings["k"] == theirs.settings["k"]
+    assert ours.settings["temperature"] == theirs.settings["temperature"]
+    assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-4)
+    assert "kNN-LM: k = 16, T = " in adapted_run.said
+    # A second call embeds nothing anew; a datastore that is named is taken or refused, never replaced.
+    stamps = {path: path.stat().st_mtime_ns for path in places[0].rglob("*.safetensors")}
+    again = compare(run.base, adapted_run.root / "run" / "memory", adapted_run.root / "run" / "corpus",
+                    adapted_run.root / "out", methods=["knn-lm"], general=run.root / "general.txt",
+                    **OPTIONS)  # fmt: skip
+    assert again.entry("knn-lm").perplexity == ours.perplexity
+    assert stamps and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    with pytest.raises(MemdecError, match="holds keys of another model"):
+        compare(run.base, adapted_run.root / "run" / "memory", adapted_run.root / "run" / "corpus",
+                adapted_run.root / "out", methods=["knn-lm"], datastore=adapted_run.root / "run" / "datastore",
+                general=run.root / "general.txt", **OPTIONS)  # fmt: skip
+
+
+def test_a_memory_without_a_datastore_is_compared_with_the_retriever_too(run, tmp_path):
+    fit(run.base, run.root / "text", tmp_path / "run", fractions=(0.6, 0.2, 0.2), context=CONTEXT, epochs=1,
+        max_steps=2, dtype="float32", teacher="lm", top_k=8)  # fmt: skip
+    result = compare(run.base, tmp_path / "run" / "memory", tmp_path / "run" / "corpus", tmp_path / "out",
+                     methods=["knn-lm"], general=run.root / "general.txt", **OPTIONS)  # fmt: skip
+    assert result.entry("knn-lm").settings["k"] == min(1024, splits(run, "train").numel() - 1)
+    assert result.entry("knn-lm").perplexity < result.entry("base").perplexity
+
+
 def test_a_dearer_rival_stops_earlier(run, tiny_llama, tmp_path, make_text, tiny_tokenizer):
     """A base of more blocks than its memory: DAPT of it costs more a step, and is given as many as the bill pays."""
     tiny_llama(layers=12).save_pretrained(tmp_path / "large")
@@ -192,7 +288,7 @@ def test_a_second_call_trains_nothing_anew(run):
     stamps = {path: path.stat().st_mtime_ns for path in (run.root / "out" / "rivals").rglob("model.safetensors")}
     compare(run.base, run.root / "run" / "memory", run.root / "run" / "corpus", run.root / "out",
             methods=["dapt", "lora"], general=run.root / "general.txt", **OPTIONS)  # fmt: skip
-    assert len(stamps) == len(RIVALS)
+    assert len(stamps) == len(RIVALS)  # dapt and second-model are one training with two models
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 

@@ -174,6 +174,22 @@ def test_the_stages_of_a_teacher(teacher, names):
         assert part(found, "teacher lm").disk == 899 * (7 * 3 + 6)
 
 
+def test_an_adapted_teacher_costs_a_training_of_its_model():
+    """The teacher is larger than the memory; adapting it is what training a memory of its size would cost."""
+    shapes = {"m": GPT2, "t": {**GPT2, "n_layer": 5}}
+    found = estimate_fit("m", None, tokens=1000, shapes=shapes, context=11, teacher_model="t", adapt_epochs=3,
+                         teacher="knn-lm", max_steps=2, beta=0.25)  # fmt: skip
+    names = ["corpus", "adapted", "datastore", "distributions", "teacher knn-lm", "training", "memory"]
+    assert [entry.name for entry in found.parts] == names
+    alone = part(estimate_fit("t", None, tokens=1000, shapes=shapes, context=11, epochs=3), "training")
+    adapted = part(found, "adapted")
+    assert (adapted.flops, adapted.what) == (alone.flops, alone.what)
+    assert adapted.disk == alone.disk + 899 * (3 + 6)  # the text as a teacher: a token and its probability a row
+    assert found.steps == 2
+    with pytest.raises(MemdecError, match="asks no model"):
+        small(adapt_epochs=1, teacher="one-hot")
+
+
 def test_an_index_looks_at_a_part_of_the_rows():
     shapes = {"m": {**GPT2, "n_embd": 64, "vocab_size": 70_000}}
     costs = {}

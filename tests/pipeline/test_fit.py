@@ -14,6 +14,9 @@ import pytest
 
 from memdec import MemdecError
 from memdec.pipeline.fit import fit
+from memdec.pipeline.teachers import build_teacher
+from memdec.pipeline.train import train_memory
+from memdec.stores.corpus import Corpus
 from memdec.stores.memory import read_memory_card
 from memdec.stores.verify import verify
 
@@ -52,7 +55,7 @@ def finish(pid):
 
 def left(folder):
     '''The stage that a kill fell into.'''
-    for stage in ("memory", "training", "distributions", "datastore", "corpus"):
+    for stage in ("memory", "training", "teacher-knn-lm", "distributions", "datastore", "adapted", "corpus"):
         if os.path.isdir(os.path.join(folder, stage)):
             return stage
     return "nothing"
@@ -97,19 +100,22 @@ print(json.dumps({"seconds": seconds, "stages": stages, "finished": finished}))
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file with its bytes; log.jsonl without its clock's figures."""
+    """Every file with its bytes; each log.jsonl without its clock's figures."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     found = {name: path.read_bytes() for name, path in files.items()}
-    lines = [json.loads(line) for line in found.pop("training/log.jsonl").splitlines()]
-    timeless = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-    return {**found, "training/log.jsonl": json.dumps(timeless).encode()}
+    for name in [name for name in found if name.endswith("training/log.jsonl")]:
+        lines = [json.loads(line) for line in found[name].splitlines()]
+        timeless = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+        found[name] = json.dumps(timeless).encode()
+    return found
 
 
+@pytest.mark.parametrize("teacher", [{}, {"adapt_epochs": 1, "teacher": "knn-lm"}], ids=["knn", "adapted"])
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
-    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path, teacher: dict[str, Any]
 ) -> None:
     command = [sys.executable, "-c", KILLER, str(tiny_model_dir), str(tiny_corpus_dir), str(tmp_path / "runs"),
-               str(KILLS), json.dumps(OPTIONS)]  # fmt: skip
+               str(KILLS), json.dumps(OPTIONS | teacher)]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=550, env={**os.environ, "OMP_NUM_THREADS": "2"}
     )
@@ -119,6 +125,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     assert len(report["stages"]) >= KILLS
     undisturbed = content(tmp_path / "runs" / "undisturbed")
     assert "memory/model.safetensors" in undisturbed and "memory/README.md" in undisturbed
+    assert ("adapted/memory/model.safetensors" in undisturbed) == bool(teacher)
     for folder in report["finished"]:
         killed = content(Path(folder))
         assert killed.keys() == undisturbed.keys()
@@ -148,6 +155,46 @@ def test_a_second_run_changes_nothing_and_says_so(
     assert content(tmp_path / "run") == before
 
 
+def test_an_adapted_teacher_is_what_the_stages_alone_make(
+    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path
+) -> None:
+    """The model fine-tuned by `train` with the teacher one-hot and β 0 is given as the teacher's model by hand."""
+    run = {**OPTIONS, "max_steps": 4, "teacher": "knn-lm"}
+    memory = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "run", **run, adapt_epochs=2)
+    corpus = Corpus.open(tmp_path / "run" / "corpus")
+    text = build_teacher("one-hot", corpus, tmp_path / "text", context=48)
+    settings = {name: OPTIONS[name] for name in ("batch_size", "learning_rate", "device", "dtype", "tensorboard")}
+    adapted = train_memory(tiny_model_dir, corpus, text, tmp_path / "adapted", beta=0.0, epochs=2, judge="alone",
+                           **settings)  # fmt: skip
+    by_hand = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "by-hand", **run, teacher_model=adapted)
+    weights = "model.safetensors"
+    assert (tmp_path / "run" / "adapted" / "memory" / weights).read_bytes() == (adapted / weights).read_bytes()
+    assert (memory / weights).read_bytes() == (by_hand / weights).read_bytes()
+    plain = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "plain", **run)
+    assert (memory / weights).read_bytes() != (plain / weights).read_bytes()
+    # It learned the text, its best checkpoint was kept, and its own length has nothing to do with the memory's.
+    found = read_memory_card(tmp_path / "run" / "adapted" / "memory").provenance
+    assert found["figures"]["memory_perplexity"] < found["figures"]["base_perplexity"]
+    rows = [json.loads(line) for line in (tmp_path / "run/adapted/training/log.jsonl").read_text().splitlines()]
+    judged = [row["memory_perplexity"] for row in rows if "memory_perplexity" in row]
+    assert found["figures"]["memory_perplexity"] == min(judged)
+    assert found["total_steps"] > read_memory_card(memory).provenance["total_steps"] == 4
+    assert verify(tmp_path / "run") == []
+    damaged = tmp_path / "run" / "adapted" / "memory" / weights
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    assert verify(tmp_path / "run") == [f"adapted/memory/{weights} is damaged: its checksum differs"]
+
+
+def test_without_a_context_an_adapted_teacher_gets_the_datastore_s(
+    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path
+) -> None:
+    """The tiny model has 256 positions, fewer than the windows that longer models get."""
+    run = {**OPTIONS, "context": None, "max_steps": 1}
+    fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "run", **run, adapt_epochs=1)
+    for part in ("adapted/memory", "memory"):
+        assert read_memory_card(tmp_path / "run" / part).provenance["context"] == 257
+
+
 def test_settings_that_cannot_be_are_refused_before_the_work(
     tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +204,10 @@ def test_settings_that_cannot_be_are_refused_before_the_work(
     with pytest.raises(MemdecError, match="schedule is 'magic'"):
         fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "other", **{**OPTIONS, "schedule": "magic"})
     assert not (tmp_path / "other").exists()
+    with pytest.raises(MemdecError, match="the teacher one-hot asks no model"):
+        fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "other", **OPTIONS, adapt_epochs=1, teacher="one-hot")
+    with pytest.raises(MemdecError, match="adapt-epochs is -1"):
+        fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "other", **OPTIONS, adapt_epochs=-1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MemdecError, match="runs in one process"):
         fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "other", **OPTIONS)

@@ -25,6 +25,7 @@ learning_rate = 1e-3
 temperature = 16
 exclude_same_document = true
 memory_limit = "2GiB"
+adapt_epochs = 3
 warmup = 0.0
 [evaluate]
 base = "other"
@@ -52,6 +53,7 @@ def test_a_recipe_as_options(write):
     recipe = read_recipe(write(WHOLE))
     assert (recipe.title, recipe.tokens) == ("Manuals", 1000)
     assert recipe.fit["fractions"] == (0.8, 0.1, 0.1) and recipe.fit["learning_rate"] == 1e-3
+    assert recipe.fit["adapt_epochs"] == 3
     assert recipe.command_line("fit") == {**recipe.fit, "fractions": "0.8,0.1,0.1"}
     # What [evaluate] says goes before what follows from [fit].
     follows = {"memory": "run/memory", "text": "run/corpus", "out": "run/evaluation", "init": "small"}
@@ -92,10 +94,12 @@ def test_the_keys_of_evaluate_are_the_options_of_the_command():
         (("warmup", "warm_up"), "[fit]: unknown key warm_up. Did you mean warmup?"),
         (("learning_rate", "learning-rate"), "[fit]: unknown key learning-rate. Did you mean learning_rate?"),
         (('base = "other"', "bse = 1"), "[evaluate]: unknown key bse. Did you mean base?"),
-        (('init = "small"', "zzz = 1"), "[fit]: unknown key zzz. Known are backend, batch_size"),
+        (('init = "small"', "zzz = 1"), "[fit]: unknown key zzz. Known are adapt_epochs, backend"),
         (("title", "titel"), "unknown key titel. Did you mean title?"),
         (('title = "Manuals"\n', ""), "has no title"),
         (("1_000", '"many"'), "tokens is 'many'; wanted a whole number"),
+        (("adapt_epochs = 3", "adapt_epochs = true"), "[fit]: adapt_epochs is True; wanted a whole number"),
+        (("adapt_epochs", "adapt_epoch"), "[fit]: unknown key adapt_epoch. Did you mean adapt_epochs?"),
         (("1_000", "1"), "tokens is 1; wanted the length of the text"),
         (("1e-3", '"fast"'), "[fit]: learning_rate is 'fast'; wanted a number"),
         (("1e-3", "true"), "[fit]: learning_rate is True; wanted a number"),

@@ -212,6 +212,36 @@ def test_ctrl_c_ends_the_step_saves_and_goes_on_later(
     assert found is not None and found[0] == 5
 
 
+def test_save_every_is_when_checkpoints_are_written_and_the_best_candidate_stays(
+    parts: tuple[Corpus, DistributionStore], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations between two checkpoints keep the best of them, and the candidate that the last one refers to."""
+    saved, held = [], []
+    save_checkpoint, evaluate = train.save_checkpoint, train.evaluate
+
+    def noted(folder: Path, step: int, *rest: Any) -> None:
+        saved.append(step)
+        save_checkpoint(folder, step, *rest)
+
+    def looked(run: train.Run, *rest: Any) -> None:
+        held.append(sorted(path.name for path in run.folder.glob("*-0*")))
+        evaluate(run, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", noted)
+    monkeypatch.setattr(train, "evaluate", looked)
+    run = {**QUICK, "learning_rate": 1e-3, "max_steps": 10}
+    memory = train_memory(tiny_model_dir, *parts, tmp_path / "rare", **run, eval_every=2, save_every=5)
+    assert saved == [5, 10]
+    assert held[0] == [] and held[1] == ["best-00000000"]
+    assert all(len([name for name in names if name.startswith("best")]) <= 2 for names in held), held
+    assert all(len([name for name in names if name.startswith("checkpoint")]) == (index > 2)
+               for index, names in enumerate(held)), held  # fmt: skip
+    saved.clear()
+    often = train_memory(tiny_model_dir, *parts, tmp_path / "often", **run, eval_every=2)
+    assert saved == [0, 2, 4, 6, 8, 10]
+    assert (memory / "model.safetensors").read_bytes() == (often / "model.safetensors").read_bytes()
+
+
 # --- the arithmetic of a step ----------------------------------------
 
 

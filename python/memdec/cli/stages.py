@@ -59,6 +59,14 @@ TeacherModel = Annotated[
         help="The model that teaches, by its keys (knn) or its own distributions (lm); default: the base model."
     ),
 ]
+AdaptEpochs = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Fine-tune a copy of the model that teaches on the text first, so many epochs by plain cross-entropy "
+        "(kept at OUT/adapted); 0: it teaches as it is.",
+    ),
+]
 TopK = Annotated[int, typer.Option(min=1, help="Tokens kept of the language model's distribution, for lm and knn-lm.")]
 Ablate = Annotated[
     list[str] | None,
@@ -116,6 +124,7 @@ def fit(
     memory_limit: MemoryLimit = "1GiB",
     teacher: Teacher = "knn",
     teacher_model: TeacherModel = None,
+    adapt_epochs: AdaptEpochs = 0,
     top_k: TopK = 64,
     init: Init = None,
     layers: Layers = None,
@@ -148,6 +157,7 @@ def fit(
       memdec fit path/to/model path/to/text --out run
       memdec fit path/to/model notes.jsonl --out run --context 512 --epochs 1 --max-tokens 100000
       memdec fit path/to/large-model text --init path/to/small-model --out run      a small memory for a large base
+      memdec fit path/to/model text --out run --adapt-epochs 3 --teacher knn-lm     a teacher that knows the domain
       memdec fit path/to/model text --out grid --ablate beta=0,0.5,1 --ablate epochs=1,3     which settings matter
       memdec fit --recipe recipes/wikitext103-gpt2.toml --dry-run --on h100     what a published run would cost
     """
@@ -171,6 +181,7 @@ def fit(
         memory_limit=memory_limit,
         teacher=teacher,
         teacher_model=teacher_model,
+        adapt_epochs=adapt_epochs,
         top_k=top_k,
         init=init,
         layers=layers,
@@ -210,8 +221,7 @@ def ablate_settings(model: str, source: str, out: Path, parts: list[str], option
     from memdec.evaluation.ablation import ablate, parse_grid
 
     grid = parse_grid(parts)
-    common = {name: value for name, value in options.items() if name not in grid}
-    runs = ablate(model, source, out, grid, say=remark, **common)
+    runs = ablate(model, source, out, grid, say=remark, **options)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in (*(name.replace("_", "-") for name in grid), "alpha", "validation", "test", "memory alone"):
         table.add_column(column, justify="right", no_wrap=True)

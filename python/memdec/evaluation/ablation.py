@@ -3,14 +3,18 @@
     memdec fit MODEL CORPUS --out DIR --ablate beta=0,0.5,1 --ablate teacher=knn,lm
 
 Every combination of the values is a run, a folder in ``DIR/runs`` with ``training`` and ``memory``. What runs share is
-made once: the corpus, a datastore for each teacher's model, distributions for each setting of the search. A run that
+made once: the corpus, an adapted model for each setting of that, a datastore for each teacher's model, distributions
+for each setting of the search. What is adapted is trained with the settings that the runs have in common, so that its
+own teacher stays the same when, say, the memory's learning rate varies. A run that
 has ended is a line of ``DIR/ablation.jsonl``; stopped, the same command goes on, and a larger grid takes over what a
-smaller one has made. All memories are judged on the same test tokens, α tuned on validation text; ``DIR/ablation.html``
-shows one plot a setting.
+smaller one has made. All memories are judged on the same test tokens, α tuned on validation text; their log-probs of
+them are ``DIR/runs/NAME/test.safetensors``, the base's ``DIR/base-….safetensors``. ``DIR/ablation.html`` shows one plot
+a setting.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
 import json
@@ -19,8 +23,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from memdec.errors import MemdecError
@@ -28,17 +33,22 @@ from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart, number
 from memdec.evaluation.evaluate import environment
 from memdec.evaluation.held_out import load_held_out
 from memdec.evaluation.perplexity import sliding_protocol
-from memdec.modeling.scoring import load_causal_lm, mixture_log_prob, perplexity, score_tokens
+from memdec.modeling.scoring import choose_dtype, load_causal_lm, mixture_log_prob, perplexity, score_tokens
 from memdec.modeling.tokenizers import load_tokenizer
+from memdec.pipeline.adapt import SHARED, adapt_model, check_adaptation
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions
 from memdec.pipeline.embed import build_datastore, default_device
+from memdec.pipeline.estimate import read_config
 from memdec.pipeline.fit import fit
 from memdec.pipeline.progress import progress
 from memdec.pipeline.teachers import TEACHERS, build_teacher
-from memdec.pipeline.train import Settings, train_memory
+from memdec.pipeline.train import Settings, files_fingerprint, model_name, train_memory
 from memdec.stores.atomic import folder_lock, make_folder, write_file
+from memdec.stores.corpus import Corpus
+from memdec.stores.distribution_store import DistributionStore
 from memdec.stores.memory import read_memory_card
+from memdec.stores.tensors import map_tensors, write_tensors
 
 FORMAT = "memdec.ablation"
 VERSION = 1
@@ -58,6 +68,7 @@ AXES: dict[str, tuple[Callable[[str], Any], str]] = {
     "min_prob": (float, "search"),
     "teacher": (str, "teacher"),
     "teacher_model": (str, "teacher"),
+    "adapt_epochs": (int, "teacher"),
     "top_k": (int, "teacher"),
 }
 CORPUS_OPTIONS = ("fractions", "text_field", "workers", "max_tokens", "validation", "test")
@@ -119,7 +130,7 @@ def ablate(
     model: str | os.PathLike[str],
     corpus: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    grid: Mapping[str, Sequence[Any]],
+    grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Sequence[Any]]],
     *,
     say: Callable[[str], object] = lambda line: None,
     **options: Any,
@@ -130,7 +141,8 @@ def ablate(
         model: the base that all are mixed with.
         corpus: text, as :func:`memdec.pipeline.fit.fit` takes it.
         out: folder for everything.
-        grid: values by setting, of `AXES`.
+        grid: values by setting, of `AXES`. Or several such grids of the same settings, the most important first: their
+            runs are made in that order, each once.
         say: called with a line about each run.
         options: what all runs have in common, any option of ``fit``.
 
@@ -143,26 +155,38 @@ def ablate(
     Example:
         >>> ablate("SmolLM2-135M", "manuals/", "grid", {"beta": [0.0, 0.5, 1.0]})   # doctest: +SKIP
     """
+    grids = [grid] if isinstance(grid, Mapping) else list(grid)
+    axes = list(grids[0])
     known = set(inspect.signature(fit).parameters) - {"model", "corpus", "out"}
-    for name in [*grid, *options]:
-        if name not in (AXES if name in grid else known):
+    for name in [*axes, *options]:
+        if name not in (AXES if name in axes else known):
             raise MemdecError(f"an ablation cannot vary {name}; it knows {', '.join(AXES)}.")
-    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if any(set(one) != set(axes) for one in grids):
+        raise MemdecError(f"grids of one ablation vary the same settings; got {[list(one) for one in grids]}.")
+    combinations: list[dict[str, Any]] = []
+    for one in grids:
+        for values in itertools.product(*(one[axis] for axis in axes)):
+            combination = dict(zip(axes, values, strict=True))
+            if combination not in combinations:
+                combinations.append(combination)
     for combination in combinations:  # not after hours of training
         settings = {name: value for name, value in {**options, **combination}.items() if name in TRAIN_OPTIONS[:-3]}
         Settings(**settings).check()
         if {**options, **combination}.get("teacher", "knn") not in TEACHERS:
             raise MemdecError(f"--teacher wants one of {', '.join(TEACHERS)}; got {combination.get('teacher')!r}.")
+        both = {**options, **combination}
+        check_adaptation(both.get("adapt_epochs", 0), both.get("teacher", "knn"))
     folder = make_folder(Path(out))
     with folder_lock(folder):
         text = build_corpus(os.fspath(corpus), os.fspath(model), folder / "corpus", seed=int(options.get("seed", 0)),
                             **_chosen(options, CORPUS_OPTIONS))  # fmt: skip
-        judge = _Judge(model, folder / "corpus", options)
+        judge = _Judge(model, folder, options)
         runs: list[Run] = []
+        made: dict[Path, Any] = {}
         for index, combination in enumerate(combinations):
             say(f"Run {index + 1} of {len(combinations)}: {shown(combination)}")
             settings = {**options, **combination}
-            teacher = _teacher(settings, model, text, folder)
+            teacher = _teacher(settings, options, model, text, folder, made)
             place = folder / "runs" / name_of(combination)
             memory = train_memory(
                 settings.get("init") or model,
@@ -173,7 +197,8 @@ def ablate(
                 **{"tensorboard": False, **_chosen(settings, TRAIN_OPTIONS)},
             )
             runs.append(judge.run(combination, memory))
-            _save(folder, runs, grid, options, model)
+            found = {axis: list(dict.fromkeys(run.settings[axis] for run in runs)) for axis in axes}
+            _save(folder, runs, found, {name: options[name] for name in options if name not in axes}, model)
     return runs
 
 
@@ -181,46 +206,81 @@ def _chosen(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def _teacher(settings: Mapping[str, Any], model: Any, text: Any, folder: Path) -> Any:
-    """The teacher's distributions for one combination, made unless another run has made them."""
+def _teacher(
+    settings: Mapping[str, Any],
+    common: Mapping[str, Any],
+    model: Any,
+    text: Corpus,
+    folder: Path,
+    made: dict[Path, Any],
+) -> DistributionStore:
+    """The teacher's distributions for one combination; what another run has made is taken, what this call made out of
+    `made`."""
+
+    def once(name: str, make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        path = folder / name
+        if path not in made:
+            made[path] = make(*arguments, path, **named)
+        return made[path]
+
     kind = settings.get("teacher", "knn")
     taught_by = settings.get("teacher_model") or model
+    called = slug(taught_by)  # what is made with it
+    epochs = settings.get("adapt_epochs")
+    if epochs:
+        shared = _chosen(common, SHARED)
+        called = f"adapted-{name_of({'of': taught_by, 'epochs': epochs, **shared})}"
+        others = {"tensorboard": False, **_chosen(common, ("save_every", "tensorboard", "device"))}
+        taught_by = once(called, adapt_model, taught_by, text, epochs=epochs, **others, **shared)
     knn = None
     if kind in ("knn", "knn-lm"):
-        datastore = build_datastore(os.fspath(taught_by), text, folder / f"datastore-{slug(taught_by)}",
-                                    **_chosen(settings, DATASTORE_OPTIONS))  # fmt: skip
+        datastore = once(f"datastore-{called}", build_datastore, os.fspath(taught_by), text,
+                         **_chosen(settings, DATASTORE_OPTIONS))  # fmt: skip
         search = _chosen(settings, SEARCH_OPTIONS)
-        knn = build_distributions(datastore, folder / f"distributions-{name_of({'of': taught_by, **search})}",
-                                  device=settings.get("device") or default_device(), **search)  # fmt: skip
-    if kind == "knn":
-        return knn
+        knn = once(f"distributions-{name_of({'of': called, **search})}", build_distributions, datastore,
+                   device=settings.get("device") or default_device(), **search)  # fmt: skip
+        if kind == "knn":
+            return cast(DistributionStore, knn)
     told = {"teacher": kind, **_chosen(settings, ("teacher_model", "top_k", "context", "stride"))}
+    if epochs:
+        told["of"] = called
     if kind == "knn-lm":
         told |= _chosen(settings, SEARCH_OPTIONS)
-    return build_teacher(kind, text, folder / f"teacher-{name_of(told)}", knn=knn, model=taught_by,
-                         **_chosen(settings, ("top_k", "context", "stride", "codec", "device", "dtype")))  # fmt: skip
+    named = _chosen(settings, ("top_k", "context", "stride", "codec", "device", "dtype"))
+    taught = once(f"teacher-{name_of(told)}", build_teacher, kind, text, knn=knn, model=taught_by, **named)
+    return cast(DistributionStore, taught)
 
 
 class _Judge:
-    """Scores the memories on the test text; the base is scored once."""
+    """Scores the memories on the test text, each once, and the base once: what was scored is read again."""
 
-    def __init__(self, model: Any, corpus: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, folder: Path, options: Mapping[str, Any]) -> None:
         self.dtype, self.device = options.get("dtype", "auto"), options.get("device") or default_device()
-        base = load_causal_lm(model, dtype=self.dtype, device=self.device)
-        held_out = load_held_out(corpus, load_tokenizer(model))
-        limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 1024
+        held_out = load_held_out(folder / "corpus", load_tokenizer(model))
+        limit = getattr(read_config(model, {}).get_text_config(), "max_position_embeddings", None) or 1024
         context = min(1024, int(limit))
         self.protocol = sliding_protocol(held_out, context, max(1, context // 2))
-        self.base = self._score(base, "base")
-        self.facts = {**environment(base), "test_tokens": self.protocol.num_scored}
+        told = hashlib.sha256(f"{model_name(model)} {files_fingerprint(model)} {self.dtype}".encode()).hexdigest()
+        self.base = self._scores(model, folder / f"base-{told[:12]}.safetensors", "base")
+        used = str(choose_dtype(self.dtype, torch.device(self.device))).removeprefix("torch.")
+        self.facts = {
+            **environment(), "device": str(self.device), "dtype": used, "test_tokens": self.protocol.num_scored
+        }  # fmt: skip
 
-    def _score(self, model: Any, label: str) -> Tensor:
-        with progress(self.protocol.num_scored, unit="tokens", label=f"Scoring, {label}") as advance:
-            return score_tokens(model, self.protocol.tokens, self.protocol.windows, batch_size=4, progress=advance)
+    def _scores(self, model: Any, path: Path, label: str) -> Tensor:
+        """log p of every test token by the model, kept in `path`."""
+        if not path.is_file():
+            loaded = load_causal_lm(model, dtype=self.dtype, device=self.device)
+            with progress(self.protocol.num_scored, unit="tokens", label=f"Scoring, {label}") as advance:
+                found = score_tokens(
+                    loaded, self.protocol.tokens, self.protocol.windows, batch_size=4, progress=advance
+                )  # fmt: skip
+            write_tensors(path, {"log_prob": found.float().numpy()})
+        return torch.from_numpy(map_tensors(path)["log_prob"])
 
     def run(self, settings: dict[str, Any], memory: Path) -> Run:
         card = read_memory_card(memory)
-        scores = self._score(load_causal_lm(memory, dtype=self.dtype, device=self.device), "memory")
+        scores = self._scores(memory, memory.parent / "test.safetensors", "memory")
         return Run(
             settings=settings,
             alpha=card.alpha,

@@ -10,8 +10,11 @@ about.
 
 ============= =====================================================================================================
 rag           in-context retrieval, :mod:`memdec.evaluation.rag`; passage length and number tuned on validation text
-knn-lm        :mod:`memdec.evaluation.knn_lm`; T and λ tuned on validation text, the datastore searched for each token
-memory        two rows: the memory alone, and base + memory
+knn-lm        :mod:`memdec.evaluation.knn_lm`; T and λ tuned on validation text, the datastore searched for each token.
+              Where the run's datastore holds another model's keys, or there is none, ``OUT/rivals/knn-lm`` gets the
+              base's own
+memory        two rows: the memory alone, and base + memory; of a memory whose teacher was adapted two more: the adapted
+              model alone, and mixed with the base as a memory is
 dapt+memory   the memory mixed with the base that DAPT has trained
 others        :mod:`memdec.evaluation.rivals`
 ============= =====================================================================================================
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +36,7 @@ from torch import Tensor
 from memdec.errors import MemdecError
 from memdec.evaluation.evaluate import check_ours, environment, folder_bytes, json_text, knn_settings, short_name
 from memdec.evaluation.held_out import load_held_out
-from memdec.evaluation.knn_lm import KnnSettings, knn_log_prob
+from memdec.evaluation.knn_lm import KnnSettings, is_made_by, knn_log_prob, tune_knn
 from memdec.evaluation.latency import (
     Decoder,
     LatencyFigure,
@@ -44,17 +48,18 @@ from memdec.evaluation.latency import (
 )
 from memdec.evaluation.perplexity import HeldOutText, Protocol, join_documents, relative_interval, sliding_protocol
 from memdec.evaluation.rag import RagSettings, Retriever, load_bm25s, rag_log_prob, tune_rag
-from memdec.evaluation.rivals import RIVALS, Budget, Rival, train_rivals
+from memdec.evaluation.rivals import RIVALS, Budget, Rival, adapted_teacher, train_rivals, training_settings
 from memdec.modeling.scoring import load_causal_lm, mixture_log_prob, perplexity, score_tokens, tune_alpha
 from memdec.modeling.tokenizers import compare as compare_tokenizers
 from memdec.modeling.tokenizers import load_tokenizer
-from memdec.pipeline.embed import default_device
+from memdec.pipeline.embed import build_datastore, default_device
 from memdec.pipeline.lora import load_peft
 from memdec.pipeline.progress import progress
 from memdec.stores.atomic import make_folder, write_file
 from memdec.stores.corpus import Corpus
 from memdec.stores.datastore import Datastore
 from memdec.stores.distribution_store import DistributionStore
+from memdec.stores.manifest import MANIFEST_NAME
 from memdec.stores.memory import read_memory_card
 
 FORMAT = "memdec.comparison"
@@ -69,15 +74,18 @@ LABELS = {
     "lora": "LoRA",
     "second-model": "base + second model",
     "lm-memory": "base + LM-taught memory",
+    "adapted-alone": "adapted teacher",
+    "adapted": "base + adapted teacher",
     "memory-alone": "memory alone",
     "memory": "base + memory",
     "dapt+memory": "DAPT + memory",
 }
 # Which trained model stands alone in a row, and which two are mixed: (first, second) has α of the second.
-ALONE = {"base": "base", "dapt": "dapt", "lora": "lora", "memory-alone": "memory"}
+ALONE = {"base": "base", "dapt": "dapt", "lora": "lora", "adapted-alone": "adapted", "memory-alone": "memory"}
 MIXED = {
     "second-model": ("base", "second-model"),
     "lm-memory": ("base", "lm-memory"),
+    "adapted": ("base", "adapted"),
     "memory": ("base", "memory"),
     "dapt+memory": ("dapt", "memory"),
 }
@@ -295,8 +303,9 @@ def compare(
         methods: of `METHODS`; the base is always there, and "memory" gives the memory alone too.
         other_bases: models with the same tokenizer that the memory is attached to as it is, for a table by base.
         init: what the memory started from; None is the base.
-        datastore: for knn-lm; None is the ``datastore`` beside the memory.
-        distributions: the memory's teacher; None is the ``distributions`` beside the memory.
+        datastore: for knn-lm; None is the ``datastore`` beside the memory where that is of the base's keys, else one
+            that is made here.
+        distributions: the memory's teacher; None is the ``distributions`` or ``teacher-NAME`` beside the memory.
         general: text outside the domain: file or folder; None is Python's own reference (``pydoc_data.topics``).
         context: tokens in a window.
         stride: of the sliding window.
@@ -318,15 +327,19 @@ def compare(
         MemdecError: something is missing or does not fit; the message says what to do.
     """
     tell = say or (lambda line: None)
-    unknown = sorted(set(methods) - set(METHODS) - {"memory-alone"})
+    follow = {"memory-alone", "adapted-alone", "adapted"}  # with "memory"
+    unknown = sorted(set(methods) - set(METHODS) - follow)
     if unknown:
         raise MemdecError(f"--compare knows {', '.join(METHODS)}; got {', '.join(unknown)}.")
-    wanted = {"base", *methods} - {"memory-alone"}
+    wanted = {"base", *methods} - follow
     if "dapt+memory" in wanted:
         wanted.add("dapt")
     run = Path(memory).resolve().parent
-    store = _beside(run, "datastore", datastore) if "knn-lm" in wanted else None
-    teacher = DistributionStore.open(_beside(run, "distributions", distributions))
+    if datastore is not None and "knn-lm" in wanted:
+        _artefact("datastore", Path(datastore))
+    taught = [run / "distributions", *sorted(run.glob("teacher-*"))]
+    beside = next((folder for folder in taught if (folder / MANIFEST_NAME).is_file()), taught[0])
+    teacher = DistributionStore.open(_artefact("distributions", Path(distributions or beside)))
     opened = Corpus.open(corpus)
     if opened.split("validation").num_tokens < 2 or opened.split("test").num_tokens < 2:
         raise MemdecError(
@@ -367,7 +380,9 @@ def compare(
         device=device,
         say=tell,
     )
-    rows = [name for name in LABELS if name in wanted or (name == "memory-alone" and "memory" in wanted)]
+    if "memory" in wanted:
+        wanted |= follow if "adapted" in rivals else {"memory-alone"}
+    rows = [name for name in LABELS if name in wanted]
     base_model = setting.load(base)  # once, for all that follows
     scores = {"base": setting.score(base_model, "base")}
     if other_bases:
@@ -377,7 +392,10 @@ def compare(
         scores[name] = setting.score(rivals[name].folder, LABELS.get(name, name))
     # Before decoding packs weights: the very model that was scored.
     alpha_zero_is_base = _alpha_zero_is_base(setting, base_model, memory, scores["base"]["general"])
-    knn = _knn(setting, base_model, store, teacher, scores["base"]) if store is not None else None
+    knn = None
+    if "knn-lm" in wanted:
+        knn = _knn(setting, base_model, base, memory, datastore, teacher, Path(out) / "rivals" / "knn-lm",
+                   scores["base"])  # fmt: skip
     rag = _rag(setting, base_model, query_tokens, every) if "rag" in wanted else None
 
     found: dict[str, dict[str, Tensor]] = {}
@@ -440,9 +458,9 @@ def compare(
     )
 
 
-def _beside(run: Path, name: str, given: str | Path | None) -> Path:
-    folder = run / name if given is None else Path(given)
-    if not (folder / "manifest.json").is_file():
+def _artefact(name: str, folder: Path) -> Path:
+    """``folder``, if an artefact is there."""
+    if not (folder / MANIFEST_NAME).is_file():
         raise MemdecError(
             f"There is no {name} in {folder}. Say where it is with --{name}, or compare a memory that memdec fit made, "
             f"which lies beside its {name}."
@@ -500,11 +518,37 @@ class _Knn:
     log_probs: dict[str, Tensor]
 
 
-def _knn(setting: _Setting, model: Any, folder: Path, teacher: DistributionStore, scores: dict[str, Tensor]) -> _Knn:
-    store = Datastore.open(folder)
-    # A teacher of another kind says nothing about the search.
-    beside = teacher.folder if "temperature" in teacher.manifest.results else None
-    settings = knn_settings(store, folder, beside, setting.device)
+def _knn(
+    setting: _Setting,
+    model: Any,
+    base: str | Path,
+    memory: str | Path,
+    datastore: str | Path | None,
+    teacher: DistributionStore,
+    out: Path,
+    scores: dict[str, Tensor],
+) -> _Knn:
+    beside = Path(memory).resolve().parent / "datastore"
+    folder = Path(datastore) if datastore is not None else beside
+    of_base = (
+        (beside / MANIFEST_NAME).is_file()
+        and adapted_teacher(memory) is None
+        and is_made_by(model, Datastore.open(beside))
+    )
+    if datastore is not None or of_base:
+        store = Datastore.open(folder)
+        # A teacher of another datastore says nothing about this search.
+        own = teacher.manifest.fields.get("datastore") == store.manifest.checksum
+        settings = knn_settings(store, folder, teacher.folder if own else None, setting.device)
+    else:
+        folder = out / "datastore"
+        setting.tell(f"The memory's teacher searched no keys of the base's; embedding the text with it for {folder}")
+        windows = training_settings(read_memory_card(memory))
+        store = build_datastore(os.fspath(base), setting.corpus, folder, context=windows["context"],
+                                stride=windows["stride"], device=setting.device, dtype=setting.dtype)  # fmt: skip
+        setting.tell("Choosing T and λ of the kNN-LM on validation text")
+        settings = tune_knn(store, k=int(teacher.manifest.fields.get("k") or 1024), device=setting.device)
+    setting.tell(f"kNN-LM: k = {settings.k}, T = {settings.temperature:g}, λ = {settings.weight:g} ({settings.source})")
     found: dict[str, Tensor] = {}
     for text, protocol in setting.protocols.items():
         with progress(protocol.num_scored, unit="tokens", label=f"Embedding {text} text") as advance:

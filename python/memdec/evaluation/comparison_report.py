@@ -16,6 +16,8 @@ STYLES = {
     "lora": "c-memory",
     "second-model": "c-memory",
     "lm-memory": "c-memory",
+    "adapted-alone": "c-memory",
+    "adapted": "c-memory",
     "memory-alone": "c-memory",
     "memory": "c-mixture",
     "dapt+memory": "c-mixture",
@@ -151,6 +153,9 @@ def caption(comparison: dict[str, Any]) -> str:
     """What the table was measured on and with, in a few lines."""
     texts, settings, facts = comparison["texts"], comparison["settings"], comparison["environment"]
     budget = comparison["budget"]
+    parts = ", ".join(
+        f"{name} {budget[name]:.1e}" for name in ("adaptation", "datastore", "search", "training") if budget.get(name)
+    )
     commit = f", commit {facts['commit']}" if facts.get("commit") else ""
     machine = facts.get("device_name") or f"{facts.get('threads')} threads"
     return (
@@ -160,8 +165,7 @@ def caption(comparison: dict[str, Any]) -> str:
         f"{texts['general']['scored']:,} tokens. Base {comparison['models']['base']}, {facts.get('dtype')}, "
         f"{machine}, torch {facts.get('torch')}, transformers {facts.get('transformers')}, memdec "
         f"{facts.get('memdec')}{commit}. Greatest budget {budget['total']:.2e} operations (the "
-        f"memory's: datastore {budget['datastore']:.1e}, search {budget['search']:.1e}, training "
-        f"{budget['training']:.1e}). Latency: {settings['latency']['new_tokens']} tokens, over the base of this run."
+        f"memory's: {parts}). Latency: {settings['latency']['new_tokens']} tokens, over the base of this run."
     )
 
 

@@ -22,6 +22,7 @@ from memdec.errors import MemdecError
 from memdec.modeling.keys import hidden_and_keys
 from memdec.modeling.structure import input_device, key_width
 from memdec.pipeline.embed import model_fingerprint
+from memdec.pipeline.progress import progress as show_progress
 from memdec.pipeline.search import keys_on_device, knn_probabilities, neighbour_tokens, search_exact
 from memdec.pipeline.temperature import choose_temperature
 from memdec.stores.windows import Window
@@ -141,8 +142,8 @@ def knn_log_prob(
     return KnnScores(scores, search_seconds)
 
 
-def check_made_by(model: Any, datastore: Any) -> None:
-    """Raise ``MemdecError`` where the datastore's keys are not `model`'s: its own would find neighbours by chance.
+def is_made_by(model: Any, datastore: Any) -> bool:
+    """Whether the datastore's keys are `model`'s; those of another would find neighbours by chance.
 
     A model in a wider number type than the datastore's is compared as if cast to that one; in a narrower one, by shapes
     alone.
@@ -152,10 +153,14 @@ def check_made_by(model: Any, datastore: Any) -> None:
     own = next(parameter.dtype for parameter in parameters)
     comparable = own == wanted or (own == torch.float32 and wanted.is_floating_point)
     if comparable and all(parameter.is_floating_point() for parameter in parameters):
-        same = model_fingerprint(model, wanted) == datastore.manifest.fields["model_fingerprint"]
-    else:
-        same = key_width(model) == datastore.dim
-    if not same:
+        fingerprint: str = datastore.manifest.fields["model_fingerprint"]
+        return model_fingerprint(model, wanted) == fingerprint
+    return bool(key_width(model) == datastore.dim)
+
+
+def check_made_by(model: Any, datastore: Any) -> None:
+    """Raise ``MemdecError`` where the datastore's keys are not `model`'s."""
+    if not is_made_by(model, datastore):
         raise MemdecError(
             f"The datastore {datastore.folder} holds keys of another model than the base ({datastore.model}), so the "
             "kNN-LM cannot search it. Make one with `memdec datastore BASE RUN/corpus --out DIR` and give that as "
@@ -181,11 +186,12 @@ def tune_knn(
     k = min(k, datastore.num_rows)
     searched = keys_on_device(datastore, device)
     distances, neighbours = [], []
-    for first in range(0, len(validation.keys), QUERY_CHUNK):
-        some = validation.keys[first : first + QUERY_CHUNK]
-        found, ids = search_exact(some, searched, k, memory_limit=memory_limit, device=device)
-        distances.append(found)
-        neighbours.append(neighbour_tokens(datastore, ids))
+    with show_progress(len(validation.keys), "rows", "Choosing the temperature") as advance:
+        for some in torch.split(validation.keys, QUERY_CHUNK):
+            found, ids = search_exact(some, searched, k, memory_limit=memory_limit, device=device)
+            distances.append(found)
+            neighbours.append(neighbour_tokens(datastore, ids))
+            advance(len(some))
     temperature, weight, _ = choose_temperature(
         torch.cat(distances), torch.cat(neighbours), validation.values, validation.base_log_prob
     )

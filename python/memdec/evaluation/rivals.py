@@ -7,11 +7,14 @@ second-model     the control: the memory's start trained by plain cross-entropy,
 lm-memory        the control: the memory's start taught by the base's own distribution (top-k), mixed the same way
 ================ ============================================================================================
 
-Every one reads the windows that the memory read, in the memory's order, at most as many steps; the best of its
-checkpoints on the validation text is kept, which for a model that overfits is early stopping. A rival whose step costs
-more than the memory's stops where the memory's whole bill is spent: datastore, search and training together.
+Every one reads the windows that the memory read, in the memory's order, at most as many steps as went into the memory,
+those of its adapted teacher among them; the best of its checkpoints on the validation text is kept, which for a model
+that overfits is early stopping. A rival whose step costs more than the memory's stops where the memory's whole bill is
+spent: adaptation, datastore, search and training together.
 
-A training lies in ``OUT/NAME`` as `memdec train` leaves it, so that one that was stopped goes on.
+A training lies in ``OUT/NAME`` as `memdec train` leaves it, so that one that was stopped goes on. Where the memory
+started from the whole base, dapt and second-model are one training, judged twice: alone and mixed with the base. It is
+``OUT/dapt``, with the model that was best alone in ``alone``, the one best mixed in ``memory``.
 """
 
 from __future__ import annotations
@@ -30,10 +33,10 @@ from memdec.pipeline.batches import steps_in_epoch
 from memdec.pipeline.estimate import count_windows
 from memdec.pipeline.lora import adapted_maps, matched_rank, parameters_per_rank
 from memdec.pipeline.teachers import build_teacher
-from memdec.pipeline.train import LOG_NAME, files_fingerprint, train_memory
+from memdec.pipeline.train import BOTH, LOG_NAME, files_fingerprint, train_memory
 from memdec.stores.corpus import Corpus
 from memdec.stores.distribution_store import DistributionStore
-from memdec.stores.memory import MemoryCard, read_memory_card
+from memdec.stores.memory import MemoryCard, is_memory, read_memory_card
 
 LOGGER = logging.getLogger(__name__)
 
@@ -63,17 +66,32 @@ class Budget:
 
     A forward costs 2 operations a weight of a linear map and token, a backward twice that (attention's own products
     are left out for all alike); the search multiplies every key with every other: 2·rows²·width.
+
+    Attributes:
+        steps: of the memory's training.
+        datastore: operations for its keys.
+        search: for its neighbours.
+        training: for its steps.
+        adaptation: for the steps of the model that taught it, if `fit` adapted that.
+        adaptation_steps: those steps.
     """
 
     steps: int
     datastore: float
     search: float
     training: float
+    adaptation: float = 0.0
+    adaptation_steps: int = 0
 
     @property
     def total(self) -> float:
         """Everything from the text to the memory."""
-        return self.datastore + self.search + self.training
+        return self.adaptation + self.datastore + self.search + self.training
+
+    @property
+    def most_steps(self) -> int:
+        """What a rival may take, whose step costs what the memory's does."""
+        return self.steps + self.adaptation_steps
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ class Rival:
     """A trained rival, or the memory itself, seen in the same way.
 
     Attributes:
-        method: one of `RIVALS`, or "memory".
+        method: one of `RIVALS`, "memory", or "adapted", the memory's own teacher.
         folder: the model, a plain transformers folder.
         trained_parameters: what its training changed.
         kept_bytes: what a user keeps on disk for it, beside the base or (dapt) instead of it.
@@ -107,15 +125,24 @@ class Rival:
         return {**asdict(self), "folder": "/".join(self.folder.parts[-2:])}
 
 
-def memory_budget(card: MemoryCard, base: Any, memory: Any, rows: int, key_width: int) -> Budget:
+def adapted_teacher(memory: str | Path) -> Path | None:
+    """The model that `fit` adapted to teach this memory, which lies beside it; None where it adapted none."""
+    folder = Path(memory).resolve().parent / "adapted" / "memory"
+    return folder if is_memory(folder) else None
+
+
+def memory_budget(
+    card: MemoryCard, teacher: Any, memory: Any, rows: int, key_width: int, adapted: MemoryCard | None = None
+) -> Budget:
     """What the memory cost, by its card.
 
     Args:
         card: the memory's.
-        base: the model that made the datastore.
+        teacher: the model that made the datastore.
         memory: the memory's model.
         rows: of the training text.
         key_width: numbers in a key.
+        adapted: the card of `teacher` where that was adapted for this memory.
 
     Raises:
         MemdecError: the card does not say how the memory was trained.
@@ -123,11 +150,18 @@ def memory_budget(card: MemoryCard, base: Any, memory: Any, rows: int, key_width
     settings = training_settings(card)
     steps = int(card.provenance["total_steps"])
     tokens = rows_of(settings, steps, rows)
+    adaptation, adaptation_steps = 0.0, 0
+    if adapted is not None:
+        adaptation_steps = int(adapted.provenance["total_steps"])
+        read = rows_of(training_settings(adapted), adaptation_steps, rows)
+        adaptation = 6.0 * matrix_parameters(teacher) * read
     return Budget(
         steps=steps,
-        datastore=2.0 * matrix_parameters(base) * rows,
+        datastore=2.0 * matrix_parameters(teacher) * rows,
         search=2.0 * rows * rows * key_width,
         training=6.0 * matrix_parameters(memory) * tokens,
+        adaptation=adaptation,
+        adaptation_steps=adaptation_steps,
     )
 
 
@@ -190,7 +224,7 @@ def train_rivals(
         say: called with a line about each.
 
     Returns:
-        The rivals by method, "memory" among them, and the memory's budget.
+        The rivals by method, "memory" among them and "adapted" where its teacher was, and the memory's budget.
 
     Raises:
         MemdecError: `init` is not what the memory started from, the corpus not what it was trained on, or a training
@@ -213,13 +247,20 @@ def train_rivals(
     memory_model = load_causal_lm(memory)
     memory_parameters = sum(parameter.numel() for parameter in memory_model.parameters())
     rows = corpus.split("train").num_rows
-    budget = memory_budget(card, base_model, memory_model, rows, key_width=key_width(base_model))
-    rivals = {"memory": finished("memory", Path(memory).resolve().parent, memory_parameters, budget.total, {})}
+    adapted = adapted_teacher(memory)
+    teacher_model = base_model if adapted is None else load_causal_lm(adapted)
+    budget = memory_budget(card, teacher_model, memory_model, rows, key_width(teacher_model),
+                           None if adapted is None else read_memory_card(adapted))  # fmt: skip
+    say(f"The memory cost {described(budget)}; no rival may spend more")
+    rivals = {"memory": finished("memory", Path(memory).resolve(), memory_parameters, budget.total, {})}
+    if adapted is not None:
+        size = sum(parameter.numel() for parameter in teacher_model.parameters())
+        rivals["adapted"] = finished("adapted", adapted, size, budget.adaptation, {})
     weights = {"base": matrix_parameters(base_model), "memory": matrix_parameters(memory_model)}
     rank = matched_rank(base_model, memory_parameters)
     adapter_parameters = rank * parameters_per_rank(base_model)
     base_parameters = sum(parameter.numel() for parameter in base_model.parameters())
-    del base_model, memory_model
+    del base_model, memory_model, teacher_model
     shared: dict[str, Any] = {**settings, "beta": 0.0, "device": device, "tensorboard": False}
     cut: dict[str, Any] = {"init": init, "base": base, "layers": found.get("layers")}
     per_step = rows_of(settings, budget.steps, rows) / budget.steps
@@ -238,37 +279,58 @@ def train_rivals(
     }
     teacher_flops = {"lm-memory": 2.0 * weights["base"] * rows}
     trained = {"dapt": base_parameters, "lora": adapter_parameters}
+    rates = learning_rates or {}
+    once = found.get("layers") is None and is_same_model(init, base) and rates.get("dapt") == rates.get("second-model")
     for method in RIVALS:
         if method not in methods:
             continue
+        rate = float(rates.get(method, settings["learning_rate"]))
         affordable = int((budget.total - teacher_flops.get(method, 0.0)) // step_flops[method])
-        steps = max(1, min(budget.steps, affordable))
-        options = {**shared, **plans[method], "max_steps": steps}
-        if learning_rates and method in learning_rates:
-            options["learning_rate"] = learning_rates[method]
-        folder = out / method
-        say(f"Training {method}: {steps} steps, learning rate {options['learning_rate']:g}")
+        steps = max(1, min(budget.most_steps, affordable))
+        options = {**shared, **plans[method], "max_steps": steps, "learning_rate": rate}
+        told = ("learning_rate", "beta", "lora_rank", "judge")
+        differs = {name: options[name] for name in told if name in options}
+        flops = teacher_flops.get(method, 0.0) + steps * step_flops[method]
+        folder, kept = out / method, "memory"
+        if once and method in ("dapt", "second-model"):
+            folder, kept = out / "dapt", "alone" if method == "dapt" else "memory"
+            options |= {"init": base, "judge": BOTH}
+        say(f"Training {method}: {steps} steps, {flops:.2e} operations, learning rate {rate:g}")
         teacher = distributions
         if method == "lm-memory":
             teacher = build_teacher("lm", corpus, folder / "teacher", model=str(base), top_k=top_k, device=device,
                                     context=settings["context"], stride=settings["stride"])  # fmt: skip
         start = options.pop("init")
         train_memory(start, corpus, teacher, folder, **options)
-        flops = teacher_flops.get(method, 0.0) + steps * step_flops[method]
-        told = ("learning_rate", "beta", "lora_rank", "judge")
-        differs = {str(name): options[name] for name in told if name in options}
-        rivals[method] = finished(method, folder, trained.get(method, memory_parameters), flops, differs)
+        rivals[method] = finished(method, folder / kept, trained.get(method, memory_parameters), flops, differs)
     return rivals, budget
 
 
+def is_same_model(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of the same weights."""
+    fingerprint = files_fingerprint(one)
+    return str(one) == str(other) or (fingerprint is not None and fingerprint == files_fingerprint(other))
+
+
+def described(budget: Budget) -> str:
+    """The memory's bill for people."""
+    parts = {
+        "adapting its teacher": budget.adaptation,
+        "datastore": budget.datastore,
+        "search": budget.search,
+        "training": budget.training,
+    }
+    listed = ", ".join(f"{name} {flops:.1e}" for name, flops in parts.items() if flops)
+    return f"{budget.total:.2e} operations ({listed})"
+
+
 def finished(method: str, folder: Path, trained: int, flops: float, settings: dict[str, Any]) -> Rival:
-    """A training that has ended, read from its folder; `folder` holds ``memory`` and ``training``."""
-    card = read_memory_card(folder / "memory")
+    """A training that has ended, by the model that it left in `folder`, beside which ``training`` lies."""
+    card = read_memory_card(folder)
     steps = int(card.provenance.get("total_steps", 0))
-    logged = [float(row["seconds"]) for row in read_log(folder / "training" / LOG_NAME) if "seconds" in row]
+    logged = [float(row["seconds"]) for row in read_log(folder.parent / "training" / LOG_NAME) if "seconds" in row]
     seconds = sum(logged) * steps / max(len(logged), 1)  # long trainings log every few steps
-    kept = sum(file.stat().st_size for file in (folder / "memory").glob("*.safetensors"))
+    kept = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if "lora_rank" in settings:
         kept = 2 * trained  # the adapters as bfloat16, not the merged weights that lie here
-    return Rival(method, folder / "memory", trained, kept, steps, int(card.provenance.get("steps", 0)), seconds, flops,
-                 settings)  # fmt: skip
+    return Rival(method, folder, trained, kept, steps, int(card.provenance.get("steps", 0)), seconds, flops, settings)

@@ -22,7 +22,7 @@ from memdec.stores.manifest import read_checked_text, to_checked_text
 from memdec.stores.tensors import map_tensors, write_tensors
 
 FORMAT = "memdec.checkpoint"
-VERSION = 1
+VERSION = 2  # 2: the best evaluation by judge
 STATE_NAME = "state.json"
 WEIGHTS_NAME = "weights.safetensors"
 

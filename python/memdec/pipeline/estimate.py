@@ -9,6 +9,7 @@ c context − 1 inputs of a window, t inputs read by the trunk (more than n wher
 ============== ======================================================================================================
 forward        t·(2·W + 4·L·a·c) for the trunk, the second term being attention over a whole window, as its kernels
                compute it; 2·V·d for each row that the output head is run on
+adapted        with adapt_epochs: a training of the teacher's model, as below
 datastore      a forward of the teacher's trunk; for the teachers lm and knn-lm a forward with the head besides
 distributions  exact and flat: 2·n²·d and 2·m·n·d for the m validation rows that T is chosen on; ivfflat and ivfpq:
                2·lists·d a query to find the lists, then 2·d a row or d/8 table look-ups a row in 1/16 of them
@@ -38,7 +39,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from memdec.errors import MemdecError
 from memdec.modeling.structure import key_width, output_head, text_config, trunk
 from memdec.modeling.tokenizers import first_line, load_tokenizer, locate
+from memdec.pipeline.adapt import check_adaptation
 from memdec.pipeline.batches import steps_in_epoch
 from memdec.pipeline.distributions import check_search
 from memdec.pipeline.documents import read_documents
@@ -136,7 +138,7 @@ class Part:
         what: what it does, with its numbers.
         flops: floating-point operations.
         seconds: on the device that was asked for.
-        disk: bytes that it leaves (training: the most while it runs).
+        disk: bytes that it leaves (a training: the most while it runs).
         memory: bytes at its peak, roughly.
     """
 
@@ -244,6 +246,8 @@ def estimate_fit(
         raise MemdecError(f"--teacher is {teacher!r}; wanted one of {', '.join(TEACHERS)}.")
     settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__ if name in options})
     settings.check()
+    adapt_epochs = int(options.get("adapt_epochs", 0))
+    check_adaptation(adapt_epochs, teacher)
     backend = str(options.get("backend", "exact")).lower()
     limit = check_search(options.get("temperature"), backend, options.get("memory_limit", "1GiB"))
     base = read_shape(model, known)
@@ -263,13 +267,19 @@ def estimate_fit(
                 f"A window of {context} tokens needs {context - 1} positions; {name} has {shape.positions}. "
                 f"Use --context {shape.positions + 1} or less."
             )
-    number, inputs = count_windows(split["train"], context, settings.stride)
+    _, inputs = count_windows(split["train"], context, settings.stride)
     window = min(context, split["train"]) - 1
     number_bytes = 4 if settings.dtype == "float32" else 2
     if settings.dtype == "auto":
         assumptions.append("--dtype auto is bfloat16 there")
     rate, float32 = DEVICES[on].peak * used, DEVICES[on].float32 * used
     parts = [Part("corpus", f"{sum(split.values()):,} tokens, split by document", 0.0, 0.0, 4 * sum(split.values()), 0)]
+    text = _Text(split["train"], max(split["validation"] - 1, 0), context, number_bytes)
+    if adapt_epochs:
+        adapting = replace(settings, epochs=adapt_epochs, max_steps=None)
+        made = _train(taught_by, taught_by, adapting, text)
+        disk = made.disk + rows * (_pair_bytes(taught_by, options) + 6)
+        parts.append(Part("adapted", made.what, made.flops, made.flops / rate, disk, made.memory))
 
     # Datastore and search: what only the retriever needs.
     searched = teacher in ("knn", "knn-lm")
@@ -321,32 +331,57 @@ def estimate_fit(
             Part(f"teacher {teacher}", f"at most {pairs} tokens a row", flops, flops / rate, disk, forward_bytes)
         )
 
-    # Training.
+    made = _train(base, memory, settings, text)
+    parts.append(Part("training", made.what, made.flops, made.flops / rate, made.disk, made.memory))
+    parts.append(Part("memory", f"{memory.parameters:,} parameters", 0.0, 0.0, number_bytes * memory.parameters, 0))
+    parameters = {"base": base.parameters, "teacher": taught_by.parameters, "memory": memory.parameters}
+    return Estimate(split, parameters, made.steps, made.tokens, on, used, parts, assumptions)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a training reads: tokens to train on, rows to validate on, tokens of a window, bytes of a number."""
+
+    tokens: int
+    validation_rows: int
+    context: int
+    number_bytes: int
+
+
+@dataclass(frozen=True)
+class _Training:
+    what: str
+    steps: int
+    tokens: int
+    flops: float
+    disk: int
+    memory: int
+
+
+def _train(base: Shape, trained: Shape, settings: Settings, text: _Text) -> _Training:
+    """The cost of training a model of the shape `trained`, with a base beside it in the evaluations."""
+    number, inputs = count_windows(text.tokens, text.context, settings.stride)
+    rows, window = max(text.tokens - 1, 1), min(text.context, text.tokens) - 1
     per_step = settings.batch_size * settings.gradient_accumulation
     epoch = steps_in_epoch(number, per_step)
     steps = settings.max_steps or settings.epochs * epoch
     full, rest = divmod(steps, epoch)
     share = full + min(rest * per_step, number) / number  # epochs, the last perhaps in part
-    trained = round(share * rows)
-    scored = min(settings.validation_tokens, max(split["validation"] - 1, 0))
+    predicted = round(share * rows)
+    scored = min(settings.validation_tokens, text.validation_rows)
     evaluations = 1 + -(-steps // (settings.eval_every or min(epoch, -(-steps // 4))))
     times = 4 if settings.gradient_checkpointing else 3
-    flops = times * memory.trunk_flops(round(share * inputs), window) + 3 * memory.head_flops(trained)
-    flops += evaluations * (memory.trunk_flops(scored, window) + memory.head_flops(scored))
+    flops = times * trained.trunk_flops(round(share * inputs), window) + 3 * trained.head_flops(predicted)
+    flops += evaluations * (trained.trunk_flops(scored, window) + trained.head_flops(scored))
     flops += base.trunk_flops(scored, window) + base.head_flops(scored)
-    parts.append(
-        Part(
-            "training",
-            f"{steps:,} steps of {per_step} windows of {context}: {trained:,} tokens",
-            flops,
-            flops / rate,
-            memory.parameters * (4 + 2 * 12 + 2 * number_bytes),
-            _training_bytes(memory, settings, window, number_bytes),
-        )
+    return _Training(
+        f"{steps:,} steps of {per_step} windows of {text.context}: {predicted:,} tokens",
+        steps,
+        predicted,
+        flops,
+        trained.parameters * (4 + 2 * 12 + 2 * text.number_bytes),
+        _training_bytes(trained, settings, window, text.number_bytes),
     )
-    parts.append(Part("memory", f"{memory.parameters:,} parameters", 0.0, 0.0, number_bytes * memory.parameters, 0))
-    parameters = {"base": base.parameters, "teacher": taught_by.parameters, "memory": memory.parameters}
-    return Estimate(split, parameters, steps, trained, on, used, parts, assumptions)
 
 
 def _pair_bytes(memory: Shape, options: Mapping[str, Any]) -> int:

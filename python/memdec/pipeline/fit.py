@@ -1,7 +1,7 @@
 """The whole job: text in, memory out.
 
     corpus ─▶ datastore ─▶ distributions ─▶ training ─▶ memory        (each a folder of that name in `out`;
-                                                                       another teacher's is teacher-NAME)
+       └─▶ adapted ─▲  (with adapt_epochs)                             another teacher's is teacher-NAME)
 
     memdec fit MODEL CORPUS --out DIR
 
@@ -22,6 +22,7 @@ import torch
 from memdec.errors import MemdecError
 from memdec.modeling.scoring import check_device
 from memdec.modeling.tokenizers import compare, load_tokenizer
+from memdec.pipeline.adapt import SHARED, adapt_model, check_adaptation
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions, check_search
 from memdec.pipeline.embed import build_datastore, default_device
@@ -62,6 +63,7 @@ def fit(
     # teacher
     teacher: str = "knn",
     teacher_model: str | os.PathLike[str] | None = None,
+    adapt_epochs: int = 0,
     top_k: int = DEFAULT_TOP_K,
     # training
     beta: float = 0.5,
@@ -86,7 +88,8 @@ def fit(
     Args:
         model: causal LM that makes the datastore and is mixed with the memory: folder, hub id or ``.gguf`` file.
         corpus: file or folder of text, or a dataset; see :func:`memdec.pipeline.corpus.build_corpus`.
-        out: folder for everything: ``corpus``, ``datastore``, ``distributions``, ``training`` and ``memory``.
+        out: folder for everything: ``corpus``, ``datastore``, ``distributions``, ``training`` and ``memory``, and
+            ``adapted`` with `adapt_epochs`.
         init: model that the memory starts from; None is `model`.
         layers: blocks the memory keeps; None keeps all.
         fractions: shares of the text for training, validation and test.
@@ -110,6 +113,8 @@ def fit(
             "one-hot", the text itself. See :mod:`memdec.pipeline.teachers`. "lm" and "one-hot" need no datastore.
         teacher_model: the model that teaches, by its keys ("knn"), its own distributions ("lm") or both ("knn-lm");
             None is `model`. It must have the same tokenizer.
+        adapt_epochs: fine-tune a copy of that model on the training text first, so many epochs by plain cross-entropy
+            with the settings of the training below, and let it teach; see :mod:`memdec.pipeline.adapt`. 0: as it is.
         top_k: tokens that are kept of its distributions.
         beta: weight of the KL term in the loss, 0 to 1.
         epochs: times that training reads the text.
@@ -166,6 +171,7 @@ def fit(
         load_faiss()
     if teacher not in TEACHERS:
         raise MemdecError(f"--teacher is {teacher!r}; wanted one of {', '.join(TEACHERS)}.")
+    check_adaptation(adapt_epochs, teacher)
     if init is not None:
         compare(load_tokenizer(model), load_tokenizer(init), base_name=str(model), memory_name=str(init))
     if temperature is None and validation is None and fractions[1] == 0:
@@ -178,7 +184,9 @@ def fit(
             "fit runs in one process. Run the stages before training alone, then "
             "`torchrun --nproc-per-node=N -m memdec train …` or `accelerate launch -m memdec train …`."
         )
-    LOGGER.info("1 of 4: corpus")
+    stages = iter(range(1, 6))
+    of = 5 if adapt_epochs else 4
+    LOGGER.info("%d of %d: corpus", next(stages), of)
     text = build_corpus(
         os.fspath(corpus),
         os.fspath(model),
@@ -193,18 +201,23 @@ def fit(
     )
     where = default_device() if device is None else device
     taught_by = model if teacher_model is None else teacher_model
+    rows = text.split("train").num_rows
+    if teacher in ("knn", "knn-lm") and k is not None and k > rows - 1:
+        raise MemdecError(
+            f"k is {k}, but the training text has {rows} rows, so a row has {rows - 1} neighbours at most. "
+            "Take a smaller --k or more text."
+        )
+    if adapt_epochs:
+        LOGGER.info("%d of %d: adapting the model that teaches", next(stages), of)
+        taught_by = adapt_model(taught_by, text, out / "adapted", epochs=adapt_epochs, device=device,
+                                save_every=save_every, tensorboard=tensorboard,
+                                **{name: training[name] for name in SHARED if name in training})  # fmt: skip
     distributions = None
     if teacher in ("knn", "knn-lm"):
-        rows = text.split("train").num_rows
-        if k is not None and k > rows - 1:
-            raise MemdecError(
-                f"k is {k}, but the training text has {rows} rows, so a row has {rows - 1} neighbours at most. "
-                "Take a smaller --k or more text."
-            )
-        LOGGER.info("2 of 4: datastore (%d rows)", rows)
+        LOGGER.info("%d of %d: datastore (%d rows)", next(stages), of, rows)
         datastore = build_datastore(os.fspath(taught_by), text, out / "datastore", context=context, stride=stride,
                                     layer=layer, device=device, dtype=dtype)  # fmt: skip
-        LOGGER.info("3 of 4: distributions")
+        LOGGER.info("%d of %d: distributions", next(stages), of)
         distributions = build_distributions(
             datastore,
             out / "distributions",
@@ -218,11 +231,11 @@ def fit(
             device=where,
         )
     if teacher != "knn":
-        LOGGER.info("3 of 4: the teacher's distributions (%s)", teacher)
+        LOGGER.info("%d of %d: the teacher's distributions (%s)", of - 1, of, teacher)
         distributions = build_teacher(teacher, text, out / f"teacher-{teacher}", knn=distributions, top_k=top_k,
                                       model=taught_by, codec=codec,
                                       context=context, stride=stride, device=device, dtype=dtype)  # fmt: skip
     assert distributions is not None
-    LOGGER.info("4 of 4: training")
+    LOGGER.info("%d of %d: training", of, of)
     return train_memory(model if init is None else init, text, distributions, out, base=model, device=device,
                         save_every=save_every, tensorboard=tensorboard, **training)  # fmt: skip

@@ -71,6 +71,7 @@ SAVE_SECONDS = 300.0  # without save_every, work of at most this long is lost wh
 SCHEDULES = ("cosine", "linear", "constant")
 # What a checkpoint is judged by: the perplexity of the mixture with the base, or that of the trained model alone.
 JUDGES = {"mixture": "mixture_perplexity", "alone": "memory_perplexity"}
+BOTH = "both"
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,17 @@ class Settings:
             "eval_every": (self.eval_every is None or self.eval_every >= 1, "at least 1 step, or none"),
             "validation_tokens": (self.validation_tokens >= 2, "at least 2"),
             "layers": (self.layers is None or self.layers >= 1, "at least 1, or none to keep all"),
-            "judge": (self.judge in JUDGES, "one of " + ", ".join(JUDGES)),
+            "judge": (self.judge in (*JUDGES, BOTH), "one of " + ", ".join((*JUDGES, BOTH))),
             "lora_rank": (self.lora_rank is None or self.lora_rank >= 1, "at least 1, or none to train all weights"),
         }
         for name, (fine, what) in wanted.items():
             if not fine:
                 raise MemdecError(f"{name.replace('_', '-')} is {getattr(self, name)!r}; wanted {what}.")
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The judges that each keep a best checkpoint."""
+        return tuple(JUDGES) if self.judge == BOTH else (self.judge,)
 
 
 def train_memory(
@@ -189,7 +195,8 @@ def train_memory(
             moments are kept in float32 beside it.
         gradient_checkpointing: compute activations twice instead of keeping them.
         judge: what the best checkpoint is best by on the validation text: "mixture", the perplexity of base + memory,
-            or "alone", that of the trained model without a base, as for the fine-tuned rivals of a memory.
+            or "alone", that of the trained model without a base, as for the fine-tuned rivals of a memory. "both"
+            keeps the best by the mixture in ``out/memory`` and the best alone in ``out/alone``.
         lora_rank: train low-rank adapters of this rank instead of all weights; see :mod:`memdec.pipeline.lora`.
         tensorboard: write the curves for TensorBoard too, if it is installed.
 
@@ -400,8 +407,13 @@ class Run:
     store: DistributionStore
     base_log_prob: Tensor = field(default_factory=lambda: torch.empty(0))
     step: int = 0  # optimiser steps done
-    best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)  # the best evaluation so far, by judge
     log_bytes: int = 0  # length of log.jsonl
+    saved: set[str] = field(default_factory=set)  # the newest checkpoint's folder, and the candidates it refers to
+
+    def candidates(self) -> set[str]:
+        """The folders of the best evaluations so far."""
+        return {f"best-{int(best['step']):08d}" for best in self.best.values()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the tensors."""
@@ -491,6 +503,7 @@ def steps(run: Run, *, tensorboard: bool) -> None:
                 f"the checkpoint in {run.folder} is of another model: {error}. Delete the folder."
             ) from None
         run.best, run.log_bytes = state["best"], int(state["log_bytes"])
+        run.saved = {f"checkpoint-{run.step:08d}", *run.candidates()}
         del tensors, checkpoint
         LOGGER.info("continuing after step %d of %d", run.step, plan.total_steps)
     processes.wait()
@@ -503,7 +516,8 @@ def steps(run: Run, *, tensorboard: bool) -> None:
     ):
         if run.step == 0 and not run.best:
             evaluate(run, model, log)
-            save(run, weights)
+            if not run.save_every:
+                save(run, weights)
         while run.step < plan.total_steps:
             began = time.monotonic()
             losses = one_step(run, student, weights)
@@ -517,11 +531,16 @@ def steps(run: Run, *, tensorboard: bool) -> None:
             evaluated = run.step % plan.eval_every == 0 or run.step == plan.total_steps
             if evaluated:
                 evaluate(run, model, log)
-            due = run.step % run.save_every == 0 if run.save_every else time.monotonic() - saved_at > SAVE_SECONDS
+            if run.save_every:
+                due = run.step % run.save_every == 0
+            else:
+                due = evaluated or time.monotonic() - saved_at > SAVE_SECONDS
             stop = processes.agree(interrupted())
-            if evaluated or stop or processes.agree(due):
+            if stop or processes.agree(due):
                 save(run, weights)
                 saved_at = time.monotonic()
+            elif evaluated and processes.first:
+                keep_only(run.folder, run.saved | run.candidates())
             if stop:
                 LOGGER.warning("stopped after step %d; the same command continues from there", run.step)
                 raise KeyboardInterrupt
@@ -577,14 +596,17 @@ def evaluate(run: Run, model: Any, log: Callable[..., None]) -> None:
         "memory_perplexity": perplexity(memory),
         "base_perplexity": perplexity(run.base_log_prob),
     }
-    judged = JUDGES[run.settings.judge]
-    better = not run.best or found[judged] < run.best[judged]
-    log({**found, "best": better}, {})
+    better = [
+        judge
+        for judge in run.settings.judges
+        if judge not in run.best or found[JUDGES[judge]] < run.best[judge][JUDGES[judge]]
+    ]
+    log({**found, "best": bool(better)}, {})
     LOGGER.info("step %d of %d: held-out perplexity %.3f mixed (alpha %.2f), memory alone %.3f, base alone %.3f",
                 run.step, run.plan.total_steps, found["mixture_perplexity"], alpha, found["memory_perplexity"],
                 found["base_perplexity"])  # fmt: skip
     if better:
-        run.best = found
+        run.best.update(dict.fromkeys(better, found))
         if run.processes.first:
             tensors = None if run.settings.lora_rank is None else merged_tensors(model)
             save_model(model, run.folder / f"best-{run.step:08d}", tensors)
@@ -601,7 +623,8 @@ def save(run: Run, weights: MasterWeights) -> None:
     """Write a checkpoint; then those that it replaces may go."""
     if run.processes.first:
         save_checkpoint(run.folder, run.step, weights.state(), run.state())
-        keep_only(run.folder, {f"checkpoint-{run.step:08d}", f"best-{int(run.best['step']):08d}"})
+        run.saved = {f"checkpoint-{run.step:08d}", *run.candidates()}
+        keep_only(run.folder, run.saved)
     run.processes.wait()
 
 
@@ -664,8 +687,19 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def finish_memory(run: Run, tokenizer: Any, corpus: Corpus, memory: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """Make the memory's folder of the best candidate, with tokenizer, card and configuration; the figures."""
-    best = run.best
+    """Make the memory's folder of the best candidate, with tokenizer, card and configuration; the figures. With two
+    judges that of the model alone comes first, so that whoever sees the memory sees both."""
+    if run.settings.judge == BOTH:
+        write_memory(run, tokenizer, corpus, memory.with_name("alone"), fields, run.best["alone"])
+    best = run.best[run.settings.judges[0]]
+    write_memory(run, tokenizer, corpus, memory, fields, best)
+    return best
+
+
+def write_memory(
+    run: Run, tokenizer: Any, corpus: Corpus, memory: Path, fields: dict[str, Any], best: dict[str, Any]
+) -> None:
+    """The folder `memory` of the candidate whose figures are `best`."""
     figures = {
         "held-out perplexity, base": best["base_perplexity"],
         "held-out perplexity, memory alone": best["memory_perplexity"],
@@ -689,7 +723,6 @@ def finish_memory(run: Run, tokenizer: Any, corpus: Corpus, memory: Path, fields
         write_memory_card(folder, card)
 
     write_folder(memory, fill)
-    return best
 
 
 def tidy(folder: Path) -> None:
@@ -701,5 +734,6 @@ def tidy(folder: Path) -> None:
 def remove_leftovers_of_all_kinds(folder: Path) -> None:
     """Delete what a killed run left half written in `folder` and beside it."""
     remove_unfinished(folder)
-    remove_unfinished(folder.parent, of="memory")
+    for name in ("memory", "alone"):
+        remove_unfinished(folder.parent, of=name)
     remove_leftovers(folder)

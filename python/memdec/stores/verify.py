@@ -25,7 +25,7 @@ def verify(folder: str | Path) -> list[str]:
         return memory.verify_memory(folder)
     if (folder / manifest.MANIFEST_NAME).is_file():
         return manifest.verify(folder)
-    parts = artefacts(folder)
+    parts = [*artefacts(folder), *artefacts(folder / "adapted")]  # what `fit --adapt-epochs` adds
     if not parts:
         raise MemdecError(
             f"{folder} holds no artefact of memdec: no {manifest.MANIFEST_NAME}, no {memory.CARD_NAME}. Check the path."

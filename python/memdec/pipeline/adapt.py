@@ -1,0 +1,79 @@
+"""Adapting the model that teaches to the corpus: fine-tuning before the datastore is made.
+
+    memdec fit MODEL CORPUS --out DIR --adapt-epochs 3 --teacher knn-lm
+
+A retriever whose keys come from a model that has read the domain is a better teacher than that of the plain base, as
+in the paper, whose teacher is a finetuned GPT2-xl. So a copy of the teacher's model is trained on the training text by
+plain cross-entropy (domain-adaptive pretraining, Gururangan et al., arXiv 2004.10964), with the memory's own settings;
+the checkpoint with the lowest perplexity on validation text is kept. It is `train` with the teacher one-hot and β = 0,
+and lies as `train` leaves it:
+
+    OUT/teacher   the text itself as distributions
+    OUT/training  training.json, log.jsonl
+    OUT/memory    the adapted model, a plain transformers folder
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from memdec.errors import MemdecError
+from memdec.pipeline.embed import DEFAULT_CONTEXT
+from memdec.pipeline.teachers import build_teacher
+from memdec.pipeline.train import Settings, train_memory
+from memdec.stores.corpus import Corpus
+
+# What is the memory's own, and not its teacher's.
+OWN = ("beta", "layers", "epochs", "max_steps", "judge", "lora_rank")
+# The settings of the training of a memory that the adaptation of its teacher takes over.
+SHARED = tuple(name for name in Settings.__dataclass_fields__ if name not in OWN)
+
+
+def check_adaptation(epochs: int, teacher: str) -> None:
+    """Raise ``MemdecError`` for an adaptation that cannot be, or that nothing would come of."""
+    if epochs < 0:
+        raise MemdecError(f"--adapt-epochs is {epochs}; wanted 0 (take the teacher's model as it is) or more.")
+    if epochs and teacher == "one-hot":
+        raise MemdecError(
+            "--adapt-epochs adapts the model that teaches, and the teacher one-hot asks no model. Leave one of them "
+            "out, or take --teacher knn, lm or knn-lm."
+        )
+
+
+def adapt_model(
+    model: str | os.PathLike[str],
+    corpus: Corpus,
+    out: str | os.PathLike[str],
+    *,
+    epochs: int,
+    **options: Any,
+) -> Path:
+    """Fine-tune a copy of a model on a corpus's training text; a run that was stopped is continued.
+
+    Args:
+        model: the causal LM: folder, hub id or ``.gguf`` file.
+        corpus: the corpus; its validation text chooses the checkpoint.
+        out: the folder for it.
+        epochs: times that the training text is read.
+        options: of :func:`memdec.pipeline.train.train_memory`, those of `SHARED` and ``save_every``, ``tensorboard``
+            and ``device``. Without ``context`` it is 512, or what the model has positions for.
+
+    Returns:
+        The adapted model's folder, ``out/memory``.
+
+    Raises:
+        MemdecError: as ``train_memory``.
+    """
+    from memdec.pipeline.estimate import read_config
+
+    out = Path(out)
+    context = options.pop("context", None)
+    if context is None:
+        positions = getattr(read_config(model, {}).get_text_config(), "max_position_embeddings", None)
+        context = min(DEFAULT_CONTEXT, int(positions or DEFAULT_CONTEXT) + 1)
+    stride = options.pop("stride", None)
+    teacher = build_teacher("one-hot", corpus, out / "teacher", context=context, stride=stride)
+    return train_memory(model, corpus, teacher, out, epochs=epochs, beta=0.0, judge="alone", context=context,
+                        stride=stride, **options)  # fmt: skip
