@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -25,7 +26,8 @@ from memdec.ops.reference import VerifiedDraft
 PACKED = "base alone, packed"  # the base as our engine runs it on the CPU: see memdec.decoding.packing
 CAPTURED = "base alone, captured"  # and on a GPU: over fixed buffers, a step a CUDA graph
 COMPILED = "base alone, static and compiled"
-BASE_RIVALS = ("base alone", "base alone, static", COMPILED, PACKED, CAPTURED)
+BOTH = "base alone, captured, compiled"
+BASE_RIVALS = ("base alone", "base alone, static", COMPILED, PACKED, CAPTURED, BOTH)
 
 # Shapes of Qwen2.5 (config.json of each), for random weights. The 7B's 128 columns of padding are left out, so that all
 # have one vocabulary.
@@ -130,7 +132,8 @@ def measure(
         new_tokens: tokens that each run makes, greedily; ends of text are not heeded.
         draft_tokens: γ of the speculative runs.
         repeats: runs of each way on each prompt.
-        compiled: whether to let the base alone be compiled as well; that takes a minute or more.
+        compiled: whether to let the base alone be compiled as well, on a GPU also both models of ours; that takes a
+            minute or more.
         acceptance: drafts stand by draws of this chance instead of the models' words, as if by a pair that was measured
             elsewhere (see :func:`forced_acceptance`); None lets the models decide.
         say: is told what is being measured.
@@ -162,6 +165,16 @@ def measure(
             "mixture",
             lambda ids, n=gamma: model.generate(ids, decoding="speculative", draft_tokens=n, **greedy),  # type: ignore[misc]
         )
+        if on_gpu and compiled:
+            ways[f"speculative, {gamma} drafts, compiled"] = (
+                "mixture",
+                _compiled(ways[f"speculative, {gamma} drafts"][1]),
+            )
+    if on_gpu and compiled:
+        with _environment("MEMDEC_COMPILE", "1"):
+            quick = Alone(model, "base", room)
+        ways[BOTH] = ("base", lambda ids: quick.generate(ids, new_tokens))
+        ways["parallel, compiled"] = ("mixture", _compiled(ways["parallel"][1]))
     ways["auto"] = ("mixture", lambda ids: model.generate(ids, decoding="auto", **greedy))
     if not compiled:
         del ways[COMPILED]
@@ -204,7 +217,7 @@ def measure(
             timing.tokens_per_round = sum(d.tokens for d in decodes) / sum(d.row_rounds for d in decodes)
         if name == "parallel":
             timing.predicted = unit * (1 + cost_ratio)
-        if name.startswith("speculative") and timing.acceptance is not None:
+        if name.startswith("speculative") and "compiled" not in name and timing.acceptance is not None:
             gamma = int(name.split()[1])
             timing.predicted = unit / speed_up(timing.acceptance, gamma, verify[gamma + 1], cost_ratio)
         if rate is not None:
@@ -416,6 +429,28 @@ def take_turns(
                     seconds[name].append(clock() - start)
                     after(name)
     return {name: found for name, found in seconds.items() if name not in notes}, notes
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _compiled(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """The same with both models' steps compiled before they are captured."""
+
+    def compiled(ids: Tensor) -> Any:
+        with _environment("MEMDEC_COMPILE", "1"):
+            return run(ids)
+
+    return compiled
 
 
 def _generate_packed(model: Any, ids: Tensor, options: dict[str, Any]) -> Any:

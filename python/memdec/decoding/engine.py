@@ -15,6 +15,7 @@ whatever γ is and whatever other rows there are (up to the rounding of the mode
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Reader:
 
     def __init__(self, model: Any, room: int, vocab_size: int, cache: Any = None) -> None:
         self.model = model
+        self.forward: Callable[..., Any] = model
         self.cache = rollback_cache(model, room) if cache is None else cache
         self.cache_name = cache_name(bare(model).forward)
         self.vocab_size = vocab_size
@@ -54,7 +56,7 @@ class Reader:
             given["position_ids"] = positions.to(self.device)
         if self.keeps and last_only:
             given["logits_to_keep"] = 1
-        logits: Tensor = self.model(**given, return_dict=True).logits
+        logits: Tensor = self.forward(**given, return_dict=True).logits
         return logits[..., : self.vocab_size]
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from memdec.decoding.cache import slot_cache
 from memdec.decoding.engine import ROOM, Continuations, Reader, row_seeds
+from memdec.decoding.fusing import fused, group_of
 from memdec.decoding.plan import LONGEST_DRAFT, Estimates
 from memdec.decoding.support import Warpers
 from memdec.modeling.memory_model import Decode, takes
@@ -75,6 +76,11 @@ def why_not(model: Any, device: torch.device) -> str | None:
             if any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope")):
                 return f"the {name}'s rotary embedding looks at the positions"
     return None
+
+
+def compiling() -> bool:
+    """Whether the steps are compiled before they are captured: MEMDEC_COMPILE=1 asks for it, and it takes its time."""
+    return os.environ.get("MEMDEC_COMPILE", "") == "1"
 
 
 @dataclass
@@ -126,6 +132,8 @@ class Rounds:
         self.base = Reader(model.base, room, model.config.vocab_size, caches["base"][0])
         self.memory = Reader(model.memory, room, model.config.vocab_size, caches["memory"][0])
         self.slots = {self.base: caches["base"][1], self.memory: caches["memory"][1]}
+        self.compiles = compiling()
+        self.groups = {one: None if self.compiles else group_of(one.model) for one in self.slots}
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -174,6 +182,7 @@ class Rounds:
             self.block[:, 0] = input_ids[:, -1]
             for reader, slots in self.slots.items():
                 reader.cache.reset()
+                reader.forward = reader.model  # prompts are not compiled: each has another length
                 slots.at = None
                 if prompt > 1:
                     mask = attention_mask[:, :-1] if rows > 1 or padded else None
@@ -253,11 +262,16 @@ class Rounds:
         slots = (self.length[:, None] + ahead).clamp(max=self.room - 1)
         final = self.position + self.left.clamp(min=1) - 1
         places = torch.minimum(self.position[:, None] + ahead, final[:, None])
-        hidden = (self.columns > slots[..., None]) | ~self.seen[:, None]
+        self.slots[reader].at = slots
+        group = self.groups[reader]
+        last = slots if group is None else slots.repeat(1, group)  # the rows of the attention
+        hidden = (self.columns > last[..., None]) | ~self.seen[:, None]
         mask = torch.zeros(hidden.shape, dtype=reader.model.dtype, device=self.device)
         mask.masked_fill_(hidden, -torch.inf)
-        self.slots[reader].at = slots
-        return reader.read(self.block[:, first : first + count], mask[:, None], places)
+        if self.compiles and reader.forward is reader.model:
+            reader.forward = torch.compile(reader.model, dynamic=False)
+        with nullcontext() if group is None else fused(reader.model):
+            return reader.read(self.block[:, first : first + count], mask[:, None], places)
 
     def remember(self, i: int, logits: Tensor) -> None:
         """Keeps the memory's logits (B, 1, V) after token i of the block."""
@@ -364,7 +378,7 @@ def _seconds(start: Mark, end: Mark) -> float:
 def rounds_of(model: Any, rows: int, room: int, widest: int, warpers: Warpers | None) -> Rounds:
     """Buffers and graphs for such a batch: those of before, where the weights are at the same addresses."""
     tensors = [t for one in (model.base, model.memory) for group in (one.parameters(), one.buffers()) for t in group]
-    key = (rows, room, widest, warpers, model.alpha, hash(tuple(t.data_ptr() for t in tensors)))
+    key = (rows, room, widest, warpers, model.alpha, compiling(), hash(tuple(t.data_ptr() for t in tensors)))
     kept = _KEPT.setdefault(model, {})
     found = kept.pop(key, None)
     if found is None:
