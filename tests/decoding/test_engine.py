@@ -79,11 +79,11 @@ def test_a_sampled_row_is_its_seed_s(
     seeds = torch.arange(6) * 1234567 - 5
     texts = []
     for how in HOW.values():
-        monkeypatch.setattr(engine, "row_seeds", lambda rows: seeds)
+        monkeypatch.setattr(engine, "row_seeds", lambda rows, device: seeds)
         output = model.generate(**padded(prompts), max_new_tokens=TOKENS, do_sample=True, **settings, **how)
         texts.append(output[:, -TOKENS:].tolist())
     for i, prompt in enumerate(prompts):
-        monkeypatch.setattr(engine, "row_seeds", lambda rows, i=i: seeds[i : i + 1])
+        monkeypatch.setattr(engine, "row_seeds", lambda rows, device, i=i: seeds[i : i + 1])
         alone = model.generate(
             torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=True, **settings, **HOW["γ = 4"]
         )

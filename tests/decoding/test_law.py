@@ -50,8 +50,9 @@ def true_law(model: MemoryModel, alpha: float, warped: bool) -> Tensor:
     law = torch.ones(1, dtype=torch.float64)
     for i in range(TOKENS):
         texts = torch.tensor([[*PROMPT, *more] for more in itertools.product(range(VOCAB), repeat=i)])
-        of = [m(texts, use_cache=False).logits[:, -1].double().softmax(-1) for m in (model.base, model.memory)]
-        mixed = alpha * of[1] + (1 - alpha) * of[0]
+        read = texts.to(model.device)
+        of = [m(read, use_cache=False).logits[:, -1].double().softmax(-1) for m in (model.base, model.memory)]
+        mixed = (alpha * of[1] + (1 - alpha) * of[0]).cpu()
         probs = warpers(texts, mixed.log()).softmax(-1)
         law = (law[:, None] * probs).reshape(-1)
     return law
@@ -63,7 +64,7 @@ def statistic(model: MemoryModel, alpha: float, warped: bool, seed: int, **how: 
     torch.manual_seed(seed)
     settings = WARPED if warped else {"top_k": 0}
     output = model.generate(
-        torch.tensor([PROMPT]),
+        torch.tensor([PROMPT], device=model.device),
         max_new_tokens=TOKENS,
         do_sample=True,
         num_return_sequences=ROWS,
@@ -72,7 +73,7 @@ def statistic(model: MemoryModel, alpha: float, warped: bool, seed: int, **how: 
         **how,
     )
     assert model.last_decode is not None and model.last_decode.reason is None
-    index = (output[:, len(PROMPT) :] * torch.tensor([VOCAB**2, VOCAB, 1])).sum(1)
+    index = (output[:, len(PROMPT) :].cpu() * torch.tensor([VOCAB**2, VOCAB, 1])).sum(1)
     counts = torch.bincount(index, minlength=VOCAB**TOKENS).double()
     expected = true_law(model, alpha, warped) * ROWS
     assert not counts[expected == 0].any(), "a sequence of probability 0 was made"

@@ -309,9 +309,23 @@ def as_utf8(prompt: str) -> str:
 
 @guarded()
 def bench_decode(
-    base: Base,
-    memory: Memory,
-    text: Annotated[Path, typer.Option(help="A text file of the domain, of which beginnings are continued.")],
+    base: Annotated[str | None, typer.Option(help="The base model: a folder, a hub id, or a .gguf file.")] = None,
+    memory: Annotated[str | None, typer.Option(help="The memory's folder or hub id.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text file of the domain, of which beginnings are continued.")
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of the three: random weights of the shapes BASE,MEMORY, as qwen2.5-1.5b,qwen2.5-0.5b."
+        ),
+    ] = None,
+    acceptance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Drafts stand by draws of this chance, as measured on a real pair; the text is void."
+        ),
+    ] = None,
     alpha: Alpha = None,
     samples: Annotated[int, typer.Option(min=1, help="So many places of the text are continued.")] = 3,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 48,
@@ -329,9 +343,11 @@ def bench_decode(
 
     Beside each speculative run stands what the formula predicts of its acceptance and of the costs measured:
     tokens a round over v(n) + n*c, n = drafts + 1. Assisted generation writes the base's text, not the mixture's.
+    On a GPU, floor is the time in which the weights can be read, at the measured bandwidth of a copy.
 
     \b
     Examples:
+      memdec bench-decode --shapes qwen2.5-1.5b,qwen2.5-0.5b --acceptance 0.8 --no-compile
       memdec bench-decode --base model --memory run/memory --text held-out.txt
       memdec bench-decode --base model --memory run/memory --text held-out.txt --draft-tokens 1,2,4,6 --out speed.json
     """
@@ -340,7 +356,7 @@ def bench_decode(
     import torch
 
     from memdec import MemoryModel
-    from memdec.decoding.bench import measure
+    from memdec.decoding.bench import SHAPES, measure, random_pair
     from memdec.evaluation.side_by_side import new_tokens_that_fit
     from memdec.pipeline.embed import default_device
     from memdec.stores.atomic import write_file
@@ -348,19 +364,31 @@ def bench_decode(
     if not re.fullmatch(r"\s*0*[1-9]\d{0,2}\s*(,\s*0*[1-9]\d{0,2}\s*)*", draft_tokens):
         raise MemdecError(f"--draft-tokens: got {draft_tokens!r}, wanted numbers from 1 with commas between, as 2,4.")
     gammas = [int(part) for part in draft_tokens.split(",")]
-    if not text.is_file():
-        raise MemdecError(f"--text: there is no file {text}.")
-    try:
-        sample = text.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise MemdecError(f"--text {text}: the file is not UTF-8 text.") from None
     check_alpha(alpha)
     if out is not None and out.is_dir():
         raise MemdecError(f"--out {out} is a folder; wanted the name of a file for the figures.")
-    model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=device or default_device())
-    ids = torch.tensor(model.tokenizer(sample, add_special_tokens=False)["input_ids"])
-    if len(ids) < prompt_tokens:
-        raise MemdecError(f"{text} has {len(ids)} tokens, fewer than one prompt of {prompt_tokens}.")
+    where = torch.device(device or default_device())
+    if shapes is not None:
+        names = shapes.lower().split(",")
+        if len(names) != 2 or not set(names) <= set(SHAPES):
+            raise MemdecError(f"--shapes: got {shapes!r}, wanted BASE,MEMORY out of {', '.join(SHAPES)}.")
+        chosen = {"auto": torch.bfloat16 if where.type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
+        model = random_pair(names[0], names[1], where, chosen, 0.5 if alpha is None else alpha)
+        ids = torch.randint(model.config.vocab_size, (samples * prompt_tokens,))
+    else:
+        missing = [name for name, value in (("--base", base), ("--memory", memory), ("--text", text)) if value is None]
+        if base is None or memory is None or text is None:
+            raise MemdecError(f"missing: {', '.join(missing)} (or --shapes, for random weights).")
+        if not text.is_file():
+            raise MemdecError(f"--text: there is no file {text}.")
+        try:
+            sample = text.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise MemdecError(f"--text {text}: the file is not UTF-8 text.") from None
+        model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=where)
+        ids = torch.tensor(model.tokenizer(sample, add_special_tokens=False)["input_ids"])
+        if len(ids) < prompt_tokens:
+            raise MemdecError(f"{text} has {len(ids)} tokens, fewer than one prompt of {prompt_tokens}.")
     if new_tokens_that_fit(model, prompt_tokens, new_tokens) < new_tokens:
         raise MemdecError(f"--new-tokens {new_tokens}: the models have no positions for so many behind the prompt.")
     places = torch.linspace(0, len(ids) - prompt_tokens, samples).long().tolist()
@@ -372,6 +400,7 @@ def bench_decode(
         draft_tokens=gammas,
         repeats=repeats,
         compiled=compiled,
+        acceptance=acceptance,
         say=remark,
     )
     print_speed(speed)
@@ -434,7 +463,8 @@ def print_speed(speed: DecodeSpeed) -> None:
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for column in ("ms/token", "vs base", "formula", "accepted", "a round"):
+    floors = any(timing.floor is not None for timing in speed.timings)
+    for column in ("ms/token", *["floor"] * floors, "vs base", "formula", "accepted", "a round"):
         table.add_column(column, justify="right", no_wrap=True)
 
     def cell(value: float | None, form: str) -> str:
@@ -445,6 +475,7 @@ def print_speed(speed: DecodeSpeed) -> None:
         table.add_row(
             timing.name + (" *" if timing.text_of == "base" else ""),
             cell(None if seconds is None else 1000 * seconds, ".2f"),
+            *[cell(None if timing.floor is None else 1000 * timing.floor, ".2f")] * floors,
             cell(timing.to_best_base, ".2f"),
             cell(timing.predicted, ".2f"),
             cell(timing.acceptance, ".2f"),
@@ -452,11 +483,14 @@ def print_speed(speed: DecodeSpeed) -> None:
         )
     console.print(table)
     verify = ", ".join(f"{n}: {cost:.2f}" for n, cost in speed.verify.items())
+    forced = str(speed.settings.get("acceptance", ""))
     lines = [
         "* writes the base's text, the others the mixture's. vs base: over the best of the base alone.",
         f"alpha = {speed.alpha:g}, c = {speed.cost_ratio:.2f} (a step of the memory over one of the base).",
         f"v (a base forward of n tokens over one of one): {verify}.",
         "formula: what it predicts over the base alone; it leaves out the prompt and our own overhead.",
+        *(["Acceptance was " + forced + ", not by the models; the texts mean nothing."] if "forced" in forced else []),
+        *(["floor: the weights' bytes over the bandwidth of a copy, ms a token."] if floors else []),
         *(f"{timing.name}: did not run: {timing.note}" for timing in speed.timings if timing.note),
     ]
     for line in lines:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,13 +16,48 @@ import transformers
 from torch import Tensor
 from transformers.generation.configuration_utils import CompileConfig
 
+from memdec.decoding import engine, graphs
 from memdec.decoding.engine import Reader
 from memdec.decoding.packing import packed_linears
-from memdec.decoding.plan import speed_up
+from memdec.decoding.plan import LONGEST_DRAFT, expected_tokens, speed_up
+from memdec.ops import verify_draft
+from memdec.ops.reference import VerifiedDraft
 
-PACKED = "base alone, packed"  # the base as our engine runs it: see memdec.decoding.packing
+PACKED = "base alone, packed"  # the base as our engine runs it on the CPU: see memdec.decoding.packing
+CAPTURED = "base alone, captured"  # and on a GPU: over fixed buffers, a step a CUDA graph
 COMPILED = "base alone, static and compiled"
-BASE_RIVALS = ("base alone", "base alone, static", COMPILED, PACKED)
+BOTH = "base alone, captured, compiled"
+BASE_RIVALS = ("base alone", "base alone, static", COMPILED, PACKED, CAPTURED, BOTH)
+
+# Shapes of Qwen2.5 (config.json of each), for random weights. The 7B's 128 columns of padding are left out, so that all
+# have one vocabulary.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
+VOCABULARY = 151936
 
 
 @dataclass
@@ -35,6 +72,8 @@ class Timing:
         acceptance: share of the drafts looked at that stood.
         tokens_per_round: tokens a forward of the base.
         predicted: seconds per token over the base alone's, by the formula.
+        floor: seconds per token in which the weights that it reads can be read, at the bandwidth of a copy; None where
+            that was not measured. Caches, logits and prompts are left out.
         note: why it could not run.
     """
 
@@ -45,6 +84,7 @@ class Timing:
     acceptance: float | None = None
     tokens_per_round: float | None = None
     predicted: float | None = None
+    floor: float | None = None
     note: str = ""
 
 
@@ -56,7 +96,7 @@ class DecodeSpeed:
         timings: one a way.
         alpha: weight of the memory.
         cost_ratio: c, a step of the memory alone over one of the base alone, both in transformers' generate, with
-            packed weights where these pay.
+            packed weights where these pay; on a GPU both as CUDA graphs.
         verify: v(n) for n = 1, 2, …: a base forward of n tokens over one of one, likewise.
         settings: prompts, tokens, repeats, dtype, device, threads, versions.
     """
@@ -81,6 +121,7 @@ def measure(
     draft_tokens: Sequence[int] = (2, 4),
     repeats: int = 3,
     compiled: bool = True,
+    acceptance: float | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> DecodeSpeed:
     """Time every way on every prompt, `repeats` times in turn, after one run of each that is not counted.
@@ -91,30 +132,49 @@ def measure(
         new_tokens: tokens that each run makes, greedily; ends of text are not heeded.
         draft_tokens: γ of the speculative runs.
         repeats: runs of each way on each prompt.
-        compiled: whether to let the base alone be compiled as well; that takes a minute or more.
+        compiled: whether to let the base alone be compiled as well, on a GPU also both models of ours; that takes a
+            minute or more.
+        acceptance: drafts stand by draws of this chance instead of the models' words, as if by a pair that was measured
+            elsewhere (see :func:`forced_acceptance`); None lets the models decide.
         say: is told what is being measured.
     """
     greedy: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
     base, memory = model.base, model.memory
     static = {**greedy, "cache_implementation": "static"}
+    on_gpu = base.device.type == "cuda"
+    alone = CAPTURED if on_gpu else PACKED
     ways: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
         "base alone": ("base", lambda ids: base.generate(ids, **greedy)),
-        "base alone, static": ("base", lambda ids: base.generate(ids, disable_compile=True, **static)),
         COMPILED: ("base", lambda ids: base.generate(ids, compile_config=_compile_anywhere(), **static)),
-        PACKED: ("base", lambda ids: _generate_packed(base, ids, greedy)),
-        "memory alone": ("memory", lambda ids: _generate_packed(memory, ids, greedy)),
-        "assisted (transformers)": (
-            "base",
-            lambda ids: base.generate(ids, assistant_model=memory, **greedy),
-        ),
         "composite (transformers)": ("mixture", lambda ids: model.generate(ids, decoding="composite", **greedy)),
         "parallel": ("mixture", lambda ids: model.generate(ids, decoding="parallel", **greedy)),
     }
+    if on_gpu:
+        room = graphs.room_for(max(ids.shape[1] for ids in prompts) + new_tokens + 1)
+        singles = {name: Alone(model, name, room) for name in ("base", "memory")}
+        ways[CAPTURED] = ("base", lambda ids: singles["base"].generate(ids, new_tokens))
+        ways["memory alone"] = ("memory", lambda ids: singles["memory"].generate(ids, new_tokens))
+    else:
+        ways["base alone, static"] = ("base", lambda ids: base.generate(ids, disable_compile=True, **static))
+        ways[PACKED] = ("base", lambda ids: _generate_packed(base, ids, greedy))
+        ways["memory alone"] = ("memory", lambda ids: _generate_packed(memory, ids, greedy))
+    if acceptance is None:  # transformers' drafts cannot be forced
+        ways["assisted (transformers)"] = ("base", lambda ids: base.generate(ids, assistant_model=memory, **greedy))
     for gamma in draft_tokens:
         ways[f"speculative, {gamma} drafts"] = (
             "mixture",
             lambda ids, n=gamma: model.generate(ids, decoding="speculative", draft_tokens=n, **greedy),  # type: ignore[misc]
         )
+        if on_gpu and compiled:
+            ways[f"speculative, {gamma} drafts, compiled"] = (
+                "mixture",
+                _compiled(ways[f"speculative, {gamma} drafts"][1]),
+            )
+    if on_gpu and compiled:
+        with _environment("MEMDEC_COMPILE", "1"):
+            quick = Alone(model, "base", room)
+        ways[BOTH] = ("base", lambda ids: quick.generate(ids, new_tokens))
+        ways["parallel, compiled"] = ("mixture", _compiled(ways["parallel"][1]))
     ways["auto"] = ("mixture", lambda ids: model.generate(ids, decoding="auto", **greedy))
     if not compiled:
         del ways[COMPILED]
@@ -126,13 +186,21 @@ def measure(
             accepted[name].append(model.last_decode)
 
     runs = {name: run for name, (_, run) in ways.items()}
-    seconds, notes = take_turns(runs, prompts, repeats, after=keep_decode, say=say)
+    with forced_acceptance(model, acceptance):
+        seconds, notes = take_turns(runs, prompts, repeats, after=keep_decode, say=say)
     medians = {name: statistics.median(found) / new_tokens for name, found in seconds.items() if found}
     best = min(medians[name] for name in BASE_RIVALS if name in medians)
-    cost_ratio = medians["memory alone"] / medians[PACKED]
-    with packed_linears(base):
-        verify = verify_costs(model, prompts[0], max([1, *draft_tokens]) + 1)
-    unit = medians[PACKED] / best  # of the formula, in runs of the best base
+    widest = max([1, *draft_tokens]) + 1
+    if on_gpu:
+        verify = {n: singles["base"].forward_seconds(n) for n in range(1, widest + 1)}
+        cost_ratio = singles["memory"].forward_seconds(1) / verify[1]
+        verify = {n: found / verify[1] for n, found in verify.items()}
+    else:
+        cost_ratio = medians["memory alone"] / medians[PACKED]
+        with packed_linears(base):
+            verify = verify_costs(model, prompts[0], widest)
+    unit = medians[alone] / best if alone in medians else 1.0  # of the formula, in runs of the best base
+    rate = copy_bandwidth(base.device) if on_gpu else None
     timings = []
     for name, (text_of, _) in ways.items():
         if name == "memory alone":
@@ -149,9 +217,11 @@ def measure(
             timing.tokens_per_round = sum(d.tokens for d in decodes) / sum(d.row_rounds for d in decodes)
         if name == "parallel":
             timing.predicted = unit * (1 + cost_ratio)
-        if name.startswith("speculative") and timing.acceptance is not None:
+        if name.startswith("speculative") and "compiled" not in name and timing.acceptance is not None:
             gamma = int(name.split()[1])
             timing.predicted = unit / speed_up(timing.acceptance, gamma, verify[gamma + 1], cost_ratio)
+        if rate is not None:
+            timing.floor = _floor(name, timing, bytes_read(base) / rate, bytes_read(memory) / rate)
         timings.append(timing)
     return DecodeSpeed(
         timings,
@@ -162,6 +232,9 @@ def measure(
             "prompts": [int(p.shape[1]) for p in prompts],
             "new_tokens": new_tokens,
             "repeats": repeats,
+            "acceptance": "the models'"
+            if acceptance is None
+            else f"forced: drafts stand by draws of chance {acceptance:g}",
             "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
             "device": _device_name(base.device),
             "threads": torch.get_num_threads(),
@@ -169,8 +242,149 @@ def measure(
             "transformers": transformers.__version__,
             "base_parameters": base.num_parameters(),
             "memory_parameters": memory.num_parameters(),
+            "base_bytes_a_step": bytes_read(base),
+            "memory_bytes_a_step": bytes_read(memory),
+            "copy_gb_s": None if rate is None else round(rate / 1e9, 1),
+            "uncaptured": graphs.why_not(model, base.device),
         },
     )
+
+
+def _floor(name: str, timing: Timing, base: float, memory: float) -> float | None:
+    """Seconds per token for the weights alone, of which the base's take `base` and the memory's `memory`."""
+    if timing.text_of == "base":
+        return None if name.startswith("assisted") else base
+    if not name.startswith("speculative"):
+        return base + memory if name != "auto" else None
+    gamma = int(name.split()[1])
+    tokens = expected_tokens(timing.acceptance, gamma) if timing.acceptance is not None else 1.0
+    return (base + (gamma + 1) * memory) / tokens
+
+
+def bytes_read(model: Any) -> int:
+    """Bytes of a model's weights that a step reads: all but an embedding that is not the head as well."""
+    embedding = model.get_input_embeddings().weight
+    unread = 0 if model.get_output_embeddings().weight is embedding else embedding.nbytes
+    return sum(int(weight.nbytes) for weight in model.parameters()) - unread
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
+    """Bytes a second of a large copy on a GPU, bytes read and bytes written counted."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _device_seconds(lambda: target.copy_(source), repeats=10)
+
+
+def _device_seconds(call: Callable[[], object], repeats: int) -> float:
+    """The median of a call's seconds on the GPU, by events around each of calls that are queued in a row."""
+    marks: list[Any] = []
+    for _ in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        call()
+        end.record()
+        marks.append((start, end))
+    torch.cuda.synchronize()
+    return float(statistics.median(start.elapsed_time(end) / 1e3 for start, end in marks[1:]))
+
+
+class Alone(graphs.Rounds):
+    """One of a pair's models decoding greedily by itself, over fixed buffers and captured as our engine does it.
+
+    Args:
+        model: a MemoryModel.
+        name: "base" or "memory".
+        room: tokens that the cache holds.
+    """
+
+    def __init__(self, model: Any, name: str, room: int) -> None:
+        super().__init__(model, 1, room, LONGEST_DRAFT, None)
+        self.reader: Reader = getattr(self, name)
+        self.slots = {self.reader: self.slots[self.reader]}  # the other one reads no prompts
+
+    def verify(self, gamma: int) -> None:
+        """A step: the likeliest token follows."""
+        self.block[:, 0] = self.read(self.reader, 0, 1)[:, -1].argmax(-1)
+        for counter in (self.length, self.position):
+            counter.add_(1)
+
+    def forward(self, count: int) -> None:
+        """A forward of `count` tokens, after which all is as before."""
+        self.read(self.reader, 0, count)
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
+        """The likeliest continuation (1, new_tokens) of one prompt (1, L)."""
+        self.begin(ids, None, new_tokens, torch.zeros(1, dtype=torch.int64))
+        made = []
+        for _ in range(new_tokens):
+            self.run("verify", 0)
+            with self.queueing():
+                made.append(self.block[:, :1].clone())
+        with self.queueing():
+            return torch.cat(made, 1).cpu()
+
+    @torch.no_grad()
+    def forward_seconds(self, count: int) -> float:
+        """Seconds of a forward of `count` tokens on the GPU."""
+        for _ in range(3):
+            self.run("forward", count)
+        with self.queueing():
+            return _device_seconds(lambda: self.run("forward", count), repeats=20)
+
+
+@contextmanager
+def forced_acceptance(model: Any, chance: float | None) -> Iterator[None]:
+    """Within it our engines accept each draft with a given chance, whatever the models say; None changes nothing.
+
+    For models of random weights, whose steps take as long as those of real ones, but which agree on nothing: acceptance
+    is taken from a real pair. Verification is computed all the same, for its time; the text means nothing.
+    """
+    if chance is None:
+        yield
+        return
+    rounds = 4096
+    draws = torch.rand(rounds, 64, generator=torch.Generator().manual_seed(0)).to(model.base.device)
+    turn = torch.zeros(1, dtype=torch.int64, device=model.base.device)  # counted on the device: a graph replays it
+
+    def verify(base_logits: Tensor, memory_logits: Tensor, draft_ids: Tensor, alpha: Any, **how: Any) -> VerifiedDraft:
+        found = verify_draft(base_logits, memory_logits, draft_ids, alpha, **how)
+        stands = draws.index_select(0, turn)[:, : draft_ids.shape[1]] < chance
+        turn.add_(1).remainder_(rounds)
+        accepted = stands.long().cumprod(1).sum(1).expand_as(found.num_accepted)
+        if how.get("draft_lengths") is not None:
+            accepted = torch.minimum(accepted, how["draft_lengths"])
+        return VerifiedDraft(accepted, found.next_token)
+
+    graphs.forget(model)
+    before = {module: vars(module)["verify_draft"] for module in (engine, graphs)}
+    try:
+        for module in before:
+            vars(module)["verify_draft"] = verify
+        yield
+    finally:
+        for module, function in before.items():
+            vars(module)["verify_draft"] = function
+        graphs.forget(model)
+
+
+def random_pair(base: str, memory: str, device: torch.device | str, dtype: torch.dtype, alpha: float = 0.5) -> Any:
+    """A MemoryModel of random weights, made on the device, of two of the SHAPES: for the time of a step."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from memdec.modeling.memory_model import MemoryModel
+
+    models = []
+    for shape in (base, memory):
+        config = Qwen2Config(vocab_size=VOCABULARY, eos_token_id=None, bos_token_id=None, **SHAPES[shape])
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                models.append(Qwen2ForCausalLM._from_config(config, dtype=dtype).eval())
+        finally:
+            torch.set_default_dtype(before)
+    return MemoryModel.from_pretrained(models[0], models[1], alpha=alpha)
 
 
 def take_turns(
@@ -215,6 +429,28 @@ def take_turns(
                     seconds[name].append(clock() - start)
                     after(name)
     return {name: found for name, found in seconds.items() if name not in notes}, notes
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _compiled(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """The same with both models' steps compiled before they are captured."""
+
+    def compiled(ids: Tensor) -> Any:
+        with _environment("MEMDEC_COMPILE", "1"):
+            return run(ids)
+
+    return compiled
 
 
 def _generate_packed(model: Any, ids: Tensor, options: dict[str, Any]) -> Any:

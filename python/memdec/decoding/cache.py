@@ -1,4 +1,9 @@
-"""A cache that takes tokens back: memory is set aside once, tokens are written into it, a crop is a shorter length."""
+"""Caches that take tokens back: memory is set aside once, tokens are written into it, what is forgotten is not counted.
+
+In a :func:`rollback_cache` all rows have one length, and a crop is a shorter one. In a :func:`slot_cache` each row
+writes where a tensor says and a mask hides the rest, so that nothing of it changes in Python: a CUDA graph can be
+replayed.
+"""
 
 from __future__ import annotations
 
@@ -73,3 +78,73 @@ def can_roll_back(model: Any) -> bool:
 def rollback_cache(model: Any, room: int) -> Cache:
     """An empty cache for a model that :func:`can_roll_back`."""
     return Cache(layers=[RollbackLayer(room) for _ in DynamicCache(config=model.config).layers])
+
+
+class Slots:
+    """Where the tokens that a model reads next go, the same for all of its layers.
+
+    Attributes:
+        at: (B, n) int64; None: a prompt, which goes to the first slots and attends to itself alone.
+    """
+
+    def __init__(self) -> None:
+        self.at: Tensor | None = None
+
+
+class SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
+    """Keys and values (B, heads, room, dim) at addresses that stay; a mask must hide the slots that do not count.
+
+    (transformers' StaticLayer writes all rows to the same place, and counts what it wrote.)
+
+    Args:
+        room: tokens that there is memory for.
+        slots: where tokens go.
+    """
+
+    def __init__(self, room: int, slots: Slots) -> None:
+        super().__init__()
+        self.room = room
+        self.slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Sets the memory aside, now that heads, width, dtype and device are known."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Writes, and gives the whole room; of a prompt, what came in."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for store, states in ((self.keys, key_states), (self.values, value_states)):
+            if self.slots.at is None:
+                store[:, :, : states.shape[2]] = states
+            else:
+                store.scatter_(2, self.slots.at[:, None, :, None].expand_as(states), states)
+        if self.slots.at is None:
+            return key_states, value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """0: how much counts is known on the device only, and asked for a prompt alone."""
+        return 0
+
+    def reset(self) -> None:
+        """Zeros, not garbage: a NaN behind a mask would still be a NaN."""
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
+
+    def copy_from(self, other: SlotLayer) -> None:
+        """Takes over what a layer of less room holds."""
+        if other.is_initialized:
+            if not self.is_initialized:
+                self.lazy_initialization(other.keys, other.values)
+            self.keys[:, :, : other.room] = other.keys
+            self.values[:, :, : other.room] = other.values
+
+
+def slot_cache(model: Any, room: int) -> tuple[Cache, Slots]:
+    """An empty cache at fixed addresses for a model that :func:`can_roll_back`, and what says where tokens go."""
+    slots = Slots()
+    return Cache(layers=[SlotLayer(room, slots) for _ in DynamicCache(config=model.config).layers]), slots

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memdec.decoding.engine import decode
+from memdec.decoding import engine, graphs
 from memdec.decoding.packing import packed_linears
 from memdec.decoding.plan import FIRST_DRAFT, Estimates
 from memdec.decoding.support import warpers_of, why_not
@@ -66,7 +66,13 @@ def run(
             f"{short}; ask for fewer new tokens, shorten the prompt, or decode with decoding='composite', which goes "
             "on beyond what the memory was made for."
         )
-    key = (input_ids.shape[0], round(model.alpha, 2), bool(config.do_sample))
+    uncaptured = graphs.why_not(model, input_ids.device)
+    if uncaptured is None:
+        decode = graphs.decode
+    else:
+        decode = engine.decode
+        LOGGER.log(logging.INFO if input_ids.is_cuda else logging.DEBUG, "without CUDA graphs: %s", uncaptured)
+    key = (input_ids.shape[0], round(model.alpha, 2), bool(config.do_sample), uncaptured is None)
     known = estimates.setdefault(key, Estimates())
     fixed = {"parallel": 0, "speculative": request.draft_tokens or FIRST_DRAFT}
     pad = config._pad_token_tensor

@@ -15,6 +15,7 @@ whatever γ is and whatever other rows there are (up to the rounding of the mode
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ ROOM = 256  # tokens of room in a cache beyond the prompt, before it grows
 class Reader:
     """One of the two models with its cache: it reads tokens and gives logits."""
 
-    def __init__(self, model: Any, room: int, vocab_size: int) -> None:
+    def __init__(self, model: Any, room: int, vocab_size: int, cache: Any = None) -> None:
         self.model = model
-        self.cache = rollback_cache(model, room)
+        self.forward: Callable[..., Any] = model
+        self.cache = rollback_cache(model, room) if cache is None else cache
         self.cache_name = cache_name(bare(model).forward)
         self.vocab_size = vocab_size
         self.device = input_device(model)
@@ -54,13 +56,104 @@ class Reader:
             given["position_ids"] = positions.to(self.device)
         if self.keeps and last_only:
             given["logits_to_keep"] = 1
-        logits: Tensor = self.model(**given, return_dict=True).logits
+        logits: Tensor = self.forward(**given, return_dict=True).logits
         return logits[..., : self.vocab_size]
 
 
-def row_seeds(rows: int) -> Tensor:
-    """A seed a row, (rows,) int64, from torch's global generator."""
-    return torch.randint(-(2**63), 2**63 - 1, (rows,))
+def row_seeds(rows: int, device: torch.device) -> Tensor:
+    """A seed a row, (rows,) int64, from torch's global generator of the device."""
+    return torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
+
+
+class Continuations:
+    """What the rows have become: their new tokens, which of them go on, and what ``Decode`` counts.
+
+    Args:
+        prompts: (B, L).
+        criteria: transformers' stopping criteria.
+        max_length: of prompt and continuation.
+        streamer: transformers' streamer, for one row.
+    """
+
+    def __init__(self, prompts: Tensor, criteria: Any, max_length: int, streamer: Any) -> None:
+        self.prompts = prompts
+        self.made: list[list[int]] = [[] for _ in prompts]
+        self.active = list(range(len(prompts)))
+        self.room = max_length - prompts.shape[1]
+        self.ends = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten()}
+        self.others = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+        self.streamer = streamer
+        self.rounds = self.row_rounds = self.drafted = self.accepted = self.trials = 0
+
+    def left(self) -> list[int]:
+        """Tokens that each active row may still make."""
+        return [self.room - len(self.made[row]) for row in self.active]
+
+    def take(
+        self, gamma: int, stood: list[int], following: list[int], drafts: list[list[int]], learning: Estimates
+    ) -> list[int]:
+        """Appends what a round of γ drafts brought the active rows; the places in `active` of those that go on.
+
+        Raises:
+            MemdecError: there was no token to choose.
+        """
+        if min(following) < 0:
+            raise MemdecError(
+                "there is no token to choose: the logits of the base or of the memory hold NaN or infinities. Load the "
+                "models in float32 or bfloat16 and see whether each generates alone."
+            )
+        lengths = [min(gamma, rest - 1) for rest in self.left()]
+        looked_at = sum(min(n + 1, length) for n, length in zip(stood, lengths, strict=True))
+        self.rounds += 1
+        self.row_rounds += len(self.active)
+        self.drafted += sum(lengths)
+        self.accepted += sum(stood)
+        self.trials += looked_at
+        learning.add_trials(sum(stood), looked_at)
+        staying = [
+            i for i, row in enumerate(self.active) if not self._append(row, [*drafts[i][: stood[i]], following[i]])
+        ]
+        self.active = [self.active[i] for i in staying]
+        return staying
+
+    def _append(self, row: int, new: list[int]) -> bool:
+        """Appends the new tokens until one of them ends the row; whether one did."""
+        text = self.made[row]
+        for token in new:
+            text.append(token)
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor([token]))
+            if token in self.ends or len(text) >= self.room:
+                return True
+            if self.others:
+                prompt = self.prompts[row]
+                so_far = torch.cat([prompt, torch.tensor(text, device=prompt.device)])[None]
+                if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in self.others):
+                    return True
+        return False
+
+    def sequences(self, pad_token: int | None) -> Tensor:
+        """Prompts and continuations (B, L + longest); `pad_token` stands behind a row that ended before others."""
+        longest = max(map(len, self.made))
+        filler = 0 if pad_token is None else pad_token  # None: then all rows are of one length
+        grown = torch.tensor(
+            [text + [filler] * (longest - len(text)) for text in self.made], device=self.prompts.device
+        )
+        return torch.cat([self.prompts, grown.to(self.prompts.dtype)], 1)
+
+    def summary(self, fixed_drafts: int, seconds: dict[str, float], cost_ratio: float | None) -> Decode:
+        """What was done; `fixed_drafts` is the γ that was asked for, 0 where it was chosen anew in each round."""
+        return Decode(
+            mode="speculative" if self.drafted or fixed_drafts else "parallel",
+            tokens=sum(map(len, self.made)),
+            seconds=seconds,
+            rounds=self.rounds,
+            row_rounds=self.row_rounds,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            acceptance=self.accepted / self.trials if self.trials else None,
+            cost_ratio=cost_ratio,
+        )
 
 
 @torch.no_grad()
@@ -102,17 +195,15 @@ def decode(
     start_time = time.perf_counter()
     rows, prompt = input_ids.shape
     vocab_size, alpha = model.config.vocab_size, model.alpha
-    adaptive = isinstance(draft_tokens, Estimates)
     learning = draft_tokens if isinstance(draft_tokens, Estimates) else (estimates or Estimates())
     room = prompt + min(max_length - prompt, ROOM) + 16
     base, memory = (Reader(one, room, vocab_size) for one in (model.base, model.memory))
-    ends = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten().tolist()}
-    others = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+    texts = Continuations(input_ids, criteria, max_length, streamer)
     greedy = warpers is None
     drawing = {} if warpers is None else warpers.arguments()
-    if seeds is None and not greedy:
-        seeds = row_seeds(rows)
     device = input_ids.device
+    if seeds is None and not greedy:
+        seeds = row_seeds(rows, device)
     seed = torch.zeros(rows, dtype=torch.int64) if seeds is None else seeds
     seed = seed.to(device)
     offset = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -138,15 +229,13 @@ def decode(
             )
     seconds = {"prefill": time.perf_counter() - start_time, "draft": 0.0, "verify": 0.0, "choose": 0.0}
 
-    made: list[list[int]] = [[] for _ in range(rows)]
-    active = list(range(rows))
     last = input_ids[:, -1:]
     position = positions[:, -1:]
     filled = prompt - 1  # tokens in the caches, the same for all rows
-    rounds = row_rounds = steps = drafted = accepted = trials = 0
-    while active:
+    steps = 0
+    while texts.active:
         began = time.perf_counter()
-        left = [max_length - prompt - len(made[row]) for row in active]
+        left = texts.left()
         gamma = draft_tokens.draft_tokens() if isinstance(draft_tokens, Estimates) else draft_tokens
         gamma = min(gamma, max(left) - 1)
         width = gamma + 1
@@ -177,7 +266,7 @@ def decode(
         read_at = time.perf_counter()
 
         lengths = [min(gamma, rest - 1) for rest in left]
-        whole = len(active) == 1 or min(lengths) == gamma
+        whole = len(left) == 1 or min(lengths) == gamma
         verified = verify_draft(
             base_logits,
             memory_logits,
@@ -190,31 +279,14 @@ def decode(
             **drawing,
         )
         stood, following = verified.num_accepted.tolist(), verified.next_token.tolist()
-        if min(following) < 0:
-            raise MemdecError(
-                "there is no token to choose: the logits of the base or of the memory hold NaN or infinities. Load the "
-                "models in float32 or bfloat16 and see whether each generates alone."
-            )
-        rounds += 1
         steps += width
-        row_rounds += len(active)
-        drafted += sum(lengths)
-        accepted += sum(stood)
-        looked_at = sum(min(n + 1, length) for n, length in zip(stood, lengths, strict=True))
-        trials += looked_at
-        drafts = block[:, 1:].tolist()
-        staying = []
-        for i, row in enumerate(active):
-            new = [*drafts[i][: stood[i]], following[i]]
-            if not _append(made[row], new, ends, max_length - prompt, others, input_ids[row], streamer):
-                staying.append(i)
-        learning.add_trials(sum(stood), looked_at)
+        staying = texts.take(gamma, stood, following, block[:, 1:].tolist(), learning)
         learning.add_times(width, drafted_at - began, read_at - drafted_at)
 
         if staying:
             kept = [stood[i] + 1 for i in staying]
             longest = max(kept)
-            if len(staying) < len(active):
+            if len(staying) < len(left):
                 chosen = torch.tensor(staying, device=device)
                 for reader in (base, memory):
                     reader.cache.batch_select_indices(chosen.to(reader.device))
@@ -231,7 +303,6 @@ def decode(
             position = position + forward[:, None]
             last = torch.tensor([[following[i]] for i in staying], device=device)
             filled += longest
-        active = [active[i] for i in staying]
         now = time.perf_counter()
         seconds["draft"] += drafted_at - began
         seconds["verify"] += read_at - drafted_at
@@ -239,35 +310,7 @@ def decode(
     if streamer is not None:
         streamer.end()
 
-    longest = max(map(len, made))
-    filler = 0 if pad_token is None else pad_token  # None: then all rows are of one length
-    grown = torch.tensor([text + [filler] * (longest - len(text)) for text in made], device=device)
+    sequences = texts.sequences(pad_token)
     seconds["total"] = time.perf_counter() - start_time
-    return torch.cat([input_ids, grown.to(input_ids.dtype)], 1), Decode(
-        mode="speculative" if drafted or (not adaptive and draft_tokens) else "parallel",
-        tokens=sum(map(len, made)),
-        seconds=seconds,
-        rounds=rounds,
-        row_rounds=row_rounds,
-        drafted=drafted,
-        accepted=accepted,
-        acceptance=accepted / trials if trials else None,
-        cost_ratio=seconds["draft"] / steps / learning.base_cost(1),
-    )
-
-
-def _append(
-    text: list[int], new: list[int], ends: set[int], room: int, others: list[Any], prompt: Tensor, streamer: Any
-) -> bool:
-    """Appends the new tokens until one of them ends the row; whether one did."""
-    for token in new:
-        text.append(token)
-        if streamer is not None:
-            streamer.put(torch.tensor([token]))
-        if token in ends or len(text) >= room:
-            return True
-        if others:
-            so_far = torch.cat([prompt, torch.tensor(text, device=prompt.device)])[None]
-            if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in others):
-                return True
-    return False
+    fixed = 0 if isinstance(draft_tokens, Estimates) else draft_tokens
+    return sequences, texts.summary(fixed, seconds, seconds["draft"] / steps / learning.base_cost(1))

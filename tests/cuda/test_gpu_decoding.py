@@ -1,0 +1,232 @@
+"""Decoding on a real GPU: what captured rounds write is what the composite and the uncaptured engine write.
+
+tests/decoding/test_graphs.py runs the same rounds on the CPU; here they are captured, replayed, and on two streams.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from continuations import TOKENS, assert_same_texts, greedy, padded
+from test_law import VOCAB, statistic
+
+from memdec import MemoryModel, build_info
+from memdec.decoding import graphs
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or build_info()["cuda"] != "on",
+    reason="needs a GPU, and a memdec with CUDA kernels",
+)
+
+HOW: dict[str, dict[str, Any]] = {
+    "parallel": {"decoding": "parallel"},
+    "γ = 1": {"decoding": "speculative", "draft_tokens": 1},
+    "γ = 4": {"decoding": "speculative", "draft_tokens": 4},
+    "auto": {"decoding": "auto"},
+}
+how_to = pytest.mark.parametrize("how", HOW.values(), ids=HOW.keys())
+MOST_TIES = 0.1  # of the texts; the kernels of a row and of five round differently
+
+
+def prompts_of(count: int, seed: int = 0, longest: int = 12, vocab: int = 384) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """float32 products in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="module")
+def make_pair(tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]) -> Callable[..., MemoryModel]:
+    """A llama with a copy of itself with noise in its weights, or with a gpt2, in float32 on the GPU."""
+
+    def make(close: float = 0.0, vocab: int = 384, dtype: torch.dtype = torch.float32) -> MemoryModel:
+        base = tiny_llama(vocab=vocab, eos_token_id=None)
+        memory = (
+            tiny_llama(vocab=vocab, eos_token_id=None) if close else tiny_gpt2(vocab=vocab, seed=2, eos_token_id=None)
+        )
+        torch.manual_seed(9)
+        with torch.no_grad():
+            for parameter in memory.parameters():
+                parameter += close * parameter.std() * torch.randn_like(parameter)
+        return MemoryModel.from_pretrained(base.to("cuda", dtype), memory.to("cuda", dtype), alpha=0.4)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model(make_pair: Callable[..., MemoryModel]) -> MemoryModel:
+    """A pair of which about half of the drafts stand."""
+    return make_pair(close=0.35)
+
+
+@pytest.fixture(scope="module")
+def strangers(make_pair: Callable[..., MemoryModel]) -> MemoryModel:
+    return make_pair()
+
+
+def assert_captured(model: MemoryModel) -> None:
+    """The last text was written by graphs, and none of them failed."""
+    assert model not in graphs._REFUSED, graphs._REFUSED[model]
+    last = list(graphs._KEPT[model].values())[-1]
+    assert last.failure is None and last.graphs
+    assert model.last_decode is not None and "capture" in model.last_decode.seconds
+
+
+def assert_same(model: MemoryModel, prompts: list[list[int]], got: list[Any], wanted: list[Any]) -> None:
+    """Near-ties are reported."""
+    ties = assert_same_texts(model, prompts, got, wanted, MOST_TIES)
+    if ties:
+        warnings.warn(f"{ties} of {len(prompts)} texts part at a near-tie", stacklevel=2)
+
+
+@how_to
+@pytest.mark.parametrize("which", ["model", "strangers"])
+def test_greedy_is_the_composite_s(which: str, how: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """Left-padded batches of forty, twice, so that buffers and graphs are used again."""
+    model = request.getfixturevalue(which)
+    for seed in range(2):
+        prompts = prompts_of(40, seed=seed)
+        wanted = greedy(model, padded(prompts), decoding="composite")
+        assert_same(model, prompts, greedy(model, padded(prompts), **how), wanted)
+        assert_captured(model)
+    if how.get("draft_tokens") == 4 and which == "model":
+        assert 0.2 < model.last_decode.acceptance < 0.95 and model.last_decode.tokens_per_round > 1.3
+
+
+@how_to
+def test_one_prompt_as_in_a_batch(model: MemoryModel, how: dict[str, Any]) -> None:
+    prompts = [[7], *prompts_of(4, seed=3), [9]]
+    together = greedy(model, padded(prompts), **how)
+    alone = [greedy(model, {"input_ids": torch.tensor([p])}, **how)[0] for p in prompts]
+    assert_captured(model)
+    ties = assert_same_texts(model, prompts, alone, together, most_ties=0.35)
+    if ties:
+        warnings.warn(f"{ties} of {len(prompts)} texts part at a near-tie", stacklevel=1)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 0}, {"top_k": 50, "temperature": 0.9, "top_p": 0.95}], ids=str)
+def test_draws_are_those_of_the_uncaptured_engine(
+    model: MemoryModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of their seed; and other seeds, or going on, draw something else."""
+    ask = {"input_ids": torch.tensor([[4, 8, 15]] * 6, device="cuda"), "max_new_tokens": TOKENS, "do_sample": True}
+    texts = []
+    for how in HOW.values():
+        torch.manual_seed(1)
+        first, second = (model.generate(**ask, **settings, **how).tolist() for _ in range(2))
+        assert_captured(model)
+        own = torch.Generator("cuda").manual_seed(1)
+        assert model.generate(**ask, **settings, **how, generator=own).tolist() == first != second
+        texts.append(first)
+    monkeypatch.setenv("MEMDEC_GRAPHS", "0")
+    torch.manual_seed(1)
+    texts.append(model.generate(**ask, **settings, **HOW["γ = 4"]).tolist())
+    assert model.last_decode is not None and "capture" not in model.last_decode.seconds
+    assert all(text == texts[0] for text in texts)
+    assert len({tuple(row) for row in texts[0]}) == 6
+
+
+@how_to
+def test_end_of_text_inside_a_draft(model: MemoryModel, how: dict[str, Any]) -> None:
+    prompts = prompts_of(20, seed=6)
+    free = greedy(model, padded(prompts), decoding="composite")
+    ends = sorted({text[i % 17] for i, text in enumerate(free)})[::3]
+    settings = {"eos_token_id": ends, "pad_token_id": 1}
+    wanted = greedy(model, padded(prompts), decoding="composite", **settings)
+    got = greedy(model, padded(prompts), **settings, **how)
+    assert_same(model, prompts, got, wanted)
+    assert len({text.index(1) if 1 in text else TOKENS for text in got}) > 4
+
+
+@how_to
+@pytest.mark.parametrize("tokens", [1, 2, 6])
+def test_max_new_tokens_inside_a_draft(model: MemoryModel, how: dict[str, Any], tokens: int) -> None:
+    prompts = prompts_of(8, seed=7)
+    got = greedy(model, padded(prompts), tokens, **how)
+    assert_same(model, prompts, got, greedy(model, padded(prompts), tokens, decoding="composite"))
+    assert len(got[0]) == tokens
+
+
+@how_to
+def test_the_buffers_grow(model: MemoryModel, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rooms of 64 and 128 tokens, and of as many graphs."""
+    monkeypatch.setattr(graphs, "ROOM", 16)
+    graphs.forget(model)
+    prompts = prompts_of(10, seed=9)
+    wanted = greedy(model, padded(prompts), 90, decoding="composite")
+    got = greedy(model, padded(prompts), 90, **how)
+    assert_captured(model)
+    assert sorted(rounds.room for rounds in graphs._KEPT[model].values()) == [64, 128]
+    ties = assert_same_texts(model, prompts, got, wanted, most_ties=0.3)
+    if ties:
+        warnings.warn(f"{ties} of {len(prompts)} texts part at a near-tie", stacklevel=1)
+
+
+@pytest.mark.parametrize("warped", [False, True], ids=["plain", "warped"])
+@pytest.mark.parametrize("draft_tokens", [0, 1, 3])
+def test_law_of_the_first_tokens(make_pair: Callable[..., MemoryModel], draft_tokens: int, warped: bool) -> None:
+    """χ² of 6,000 texts of three tokens against the enumerated law; false alarm 10⁻⁶ a case.
+
+    Twice: what the first texts have not captured, the second ones do or replay.
+    """
+    model = make_pair(vocab=VOCAB)
+    how = {"decoding": "speculative", "draft_tokens": draft_tokens} if draft_tokens else {"decoding": "parallel"}
+    for seed in range(2):
+        found, limit = statistic(model, 0.4, warped, seed=seed, **how)
+        assert found < limit
+    assert_captured(model)
+
+
+def test_bfloat16(make_pair: Callable[..., MemoryModel]) -> None:
+    model = make_pair(close=0.2, dtype=torch.bfloat16)
+    texts = greedy(model, padded(prompts_of(5)), 40, **HOW["γ = 4"])
+    assert_captured(model)
+    assert [len(text) for text in texts] == [40] * 5 and all(0 <= t < 384 for text in texts for t in text)
+
+
+def test_on_a_stream_of_the_caller_s(model: MemoryModel) -> None:
+    """The prompt is made on a stream that sleeps before: the rounds wait for it."""
+    prompt = torch.tensor([[4, 8, 15]])
+    wanted = greedy(model, {"input_ids": prompt}, **HOW["γ = 4"])
+    there = prompt.pin_memory()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        ids = there.to("cuda", non_blocking=True)
+        got = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, **HOW["γ = 4"])[:, 3:].tolist()
+    assert_same(model, [[4, 8, 15]], got, wanted)
+
+
+def test_where_a_capture_fails_the_text_is_written_without(
+    make_pair: Callable[..., MemoryModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last test here: a broken capture may leave CUDA in no good state."""
+    model = make_pair(close=0.35)
+    ids = {"input_ids": torch.tensor([[4, 8, 15]])}
+    wanted = greedy(model, ids, **HOW["γ = 4"])
+    graphs.forget(model)
+    draft = graphs.Rounds.draft
+
+    def waits(self: graphs.Rounds, i: int) -> None:
+        draft(self, i)
+        self.block.sum().item()
+
+    monkeypatch.setattr(graphs.Rounds, "draft", waits)
+    with caplog.at_level(logging.INFO, logger="memdec"):
+        assert greedy(model, ids, **HOW["γ = 4"]) == wanted
+        assert "goes on without CUDA graphs: capturing draft(0) failed" in caplog.text
+        assert greedy(model, ids, **HOW["γ = 4"]) == wanted
+        assert "without CUDA graphs: capturing draft(0) failed" in caplog.records[-1].getMessage()
+    assert model.last_decode is not None and "capture" not in model.last_decode.seconds

@@ -1,0 +1,318 @@
+"""The rounds over fixed buffers, run on the CPU as they are: the same texts, and nothing that a capture forbids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from continuations import TOKENS, assert_same_texts, greedy, padded
+from test_engine import HOW, how_to, prompts_of
+from test_law import PROMPT, VOCAB, statistic
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.generation.streamers import BaseStreamer
+
+from memdec import MemdecError, MemoryModel
+from memdec.decoding import engine, graphs
+from memdec.decoding.cache import slot_cache
+from memdec.decoding.fusing import fused, group_of
+from memdec.modeling.cache import cache_name
+
+# What waits for the device, has a size that depends on data, or copies from memory that is not pinned.
+FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "masked_select", "unique", "equal", "item")
+
+
+class AsInACapture(TorchDispatchMode):  # type: ignore[misc]
+    """Refuses what cannot be captured, and copies from one device to another."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in FORBIDDEN or (
+            name in ("index", "index_put_") and any(_is_mask(i) for i in args[1] if i is not None)
+        ):
+            raise AssertionError(f"{function} cannot be captured")
+        return function(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Tensor) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
+
+
+@pytest.fixture
+def over_buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graphs.Rounds]]:
+    """Texts are decoded over fixed buffers, on the CPU; from the second call on each function is watched."""
+    made: list[graphs.Rounds] = []
+    run = graphs.Rounds.run
+
+    def watched(self: graphs.Rounds, name: str, count: int) -> bool:
+        if self not in made:
+            made.append(self)
+        before = addresses(self)
+        if (name, count) in self.called:
+            with AsInACapture():
+                steady = run(self, name, count)
+            assert addresses(self) == before
+        else:
+            steady = run(self, name, count)
+        return steady
+
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs.Rounds, "run", watched)
+    yield made
+    assert made, "the other engine was used"
+
+
+def addresses(rounds: graphs.Rounds) -> dict[str, int]:
+    """Where everything lies that outlives a round."""
+    found = {name: value.data_ptr() for name, value in vars(rounds).items() if isinstance(value, Tensor)}
+    for which in ("base", "memory"):
+        for i, layer in enumerate(getattr(rounds, which).cache.layers):
+            if layer.is_initialized:
+                found |= {f"{which} {i} keys": layer.keys.data_ptr(), f"{which} {i} values": layer.values.data_ptr()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(make_pair: Callable[..., MemoryModel], tiny_tokenizer: Any) -> MemoryModel:
+    return make_pair(close=0.35, tokenizer=tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def strangers(make_pair: Callable[..., MemoryModel], tiny_tokenizer: Any) -> MemoryModel:
+    return make_pair(tokenizer=tiny_tokenizer)
+
+
+@how_to
+@pytest.mark.parametrize("which", ["model", "strangers"])
+def test_greedy_is_the_composite_s(
+    which: str, how: dict[str, Any], over_buffers: Any, request: pytest.FixtureRequest
+) -> None:
+    """A batch of forty; it is decoded twice, so that the buffers of the first time are used again."""
+    model = request.getfixturevalue(which)
+    for start in range(2):
+        prompts = prompts_of(40, seed=start)
+        wanted = greedy(model, padded(prompts), decoding="composite")
+        assert_same_texts(model, prompts, greedy(model, padded(prompts), **how), wanted)
+    last = model.last_decode
+    assert last.reason is None and last.tokens == 40 * TOKENS and "capture" in last.seconds
+    if how.get("draft_tokens", 0) > 1 and which == "model":
+        assert 0.2 < last.acceptance < 0.95 and last.tokens_per_round > 1.3
+        assert 0 < last.accepted < last.drafted and 0 < last.rounds <= last.row_rounds
+
+
+@how_to
+def test_one_prompt_as_in_a_batch(model: MemoryModel, how: dict[str, Any], over_buffers: Any) -> None:
+    prompts = [[7], *prompts_of(6, seed=3), [9]]
+    together = greedy(model, padded(prompts), **how)
+    alone = [greedy(model, {"input_ids": torch.tensor([p])}, **how)[0] for p in prompts]
+    assert_same_texts(model, prompts, alone, together)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 0}, {"top_k": 50, "temperature": 0.9, "top_p": 0.95}])
+def test_a_sampled_row_is_its_seed_s(
+    model: MemoryModel, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, over_buffers: Any
+) -> None:
+    """What the other engine draws with the same seeds, in a batch and alone, with any γ."""
+    prompts = prompts_of(6, seed=4)
+    seeds = torch.arange(6) * 1234567 - 5
+    monkeypatch.setattr(engine, "row_seeds", lambda rows, device: seeds)
+    monkeypatch.setattr(graphs, "row_seeds", lambda rows, device: seeds)
+    ask = {"max_new_tokens": TOKENS, "do_sample": True, **settings}
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "DEVICES", ())
+        wanted = model.generate(**padded(prompts), **ask, **HOW["γ = 4"])[:, -TOKENS:].tolist()
+        assert model.last_decode is not None and "capture" not in model.last_decode.seconds
+    for how in HOW.values():
+        assert model.generate(**padded(prompts), **ask, **how)[:, -TOKENS:].tolist() == wanted
+    for i, prompt in enumerate(prompts):
+        monkeypatch.setattr(graphs, "row_seeds", lambda rows, device, i=i: seeds[i : i + 1])
+        alone = model.generate(torch.tensor([prompt]), **ask, **HOW["γ = 4"])
+        assert alone[0, len(prompt) :].tolist() == wanted[i]
+
+
+@how_to
+def test_end_of_text_inside_a_draft(model: MemoryModel, how: dict[str, Any], over_buffers: Any) -> None:
+    prompts = prompts_of(30, seed=6)
+    free = greedy(model, padded(prompts), decoding="composite")
+    ends = sorted({text[i % 17] for i, text in enumerate(free)})[::3]
+    settings = {"eos_token_id": ends, "pad_token_id": 1}
+    wanted = greedy(model, padded(prompts), decoding="composite", **settings)
+    tokens = model.last_decode.tokens
+    got = greedy(model, padded(prompts), **settings, **how)
+    assert got == wanted and model.last_decode.tokens == tokens
+
+
+@how_to
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 6])
+def test_max_new_tokens_inside_a_draft(model: MemoryModel, how: dict[str, Any], tokens: int, over_buffers: Any) -> None:
+    prompts = prompts_of(8, seed=7)
+    got = greedy(model, padded(prompts), tokens, **how)
+    assert got == greedy(model, padded(prompts), tokens, decoding="composite") and len(got[0]) == tokens
+
+
+def test_stop_strings_and_a_criterion_of_one_s_own(model: MemoryModel, tiny_tokenizer: Any, over_buffers: Any) -> None:
+    def after_seven(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 3 + 7)
+
+    ids = {"input_ids": torch.tensor([[4, 8, 15]])}
+    free = greedy(model, ids, decoding="composite")[0]
+    assert greedy(model, ids, stopping_criteria=[after_seven], **HOW["γ = 4"]) == [free[:7]]
+    for prompt in prompts_of(12, seed=8):
+        ids = {"input_ids": torch.tensor([prompt])}
+        word = tiny_tokenizer.decode(greedy(model, ids, decoding="composite")[0][5])
+        if word.strip() and word.isascii():
+            settings = {"stop_strings": [word], "tokenizer": tiny_tokenizer}
+            wanted = greedy(model, ids, decoding="composite", **settings)
+            assert greedy(model, ids, **settings, **HOW["γ = 4"]) == wanted
+
+
+def test_a_streamer_gets_token_after_token(model: MemoryModel, over_buffers: Any) -> None:
+    class Collect(BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.pieces: list[list[int]] = []
+            self.ended = 0
+
+        def put(self, value: Tensor) -> None:
+            self.pieces.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended += 1
+
+    ids = {"input_ids": torch.tensor([[4, 8, 15]])}
+    wanted = greedy(model, ids, decoding="composite")[0]
+    streamer = Collect()
+    greedy(model, ids, streamer=streamer, **HOW["γ = 4"])
+    assert streamer.pieces == [[4, 8, 15], *[[token] for token in wanted]] and streamer.ended == 1
+
+
+@how_to
+def test_the_buffers_grow(
+    model: MemoryModel, how: dict[str, Any], over_buffers: list[graphs.Rounds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rooms of 64 and 128 tokens, padding among them; what was read goes along."""
+    monkeypatch.setattr(graphs, "ROOM", 16)
+    prompts = prompts_of(5, seed=9)
+    wanted = greedy(model, padded(prompts), 90, decoding="composite")
+    assert_same_texts(model, prompts, greedy(model, padded(prompts), 90, **how), wanted)
+    rooms = sorted({rounds.room for rounds in over_buffers})
+    assert rooms == ([128] if how == HOW["γ = 30"] else [64, 128])
+
+
+def test_prompts_as_long_as_the_context(model: MemoryModel, strangers: MemoryModel, over_buffers: Any) -> None:
+    """256 positions, gpt2's table of them included: drafts never reach beyond the last."""
+    for one in (model, strangers):
+        prompts = [torch.arange(1, 250).tolist(), torch.arange(1, 240).tolist()]
+        got = greedy(one, padded(prompts), 7, **HOW["γ = 30"])
+        assert_same_texts(one, prompts, got, greedy(one, padded(prompts), 7, decoding="composite"))
+
+
+def test_a_round_is_queued_before_the_last_one_was_looked_at(
+    model: MemoryModel, over_buffers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    launch, wait = graphs.Rounds.launch, graphs.Flight.wait
+
+    def launched(*arguments: Any) -> graphs.Flight:
+        happened.append("launch")
+        return launch(*arguments)
+
+    def waited(self: graphs.Flight) -> Any:
+        happened.append("look")
+        return wait(self)
+
+    monkeypatch.setattr(graphs.Rounds, "launch", launched)
+    monkeypatch.setattr(graphs.Flight, "wait", waited)
+    greedy(model, {"input_ids": torch.tensor([[4, 8]])}, 5, decoding="parallel")
+    assert happened == ["launch", *["launch", "look"] * 4, "look"]
+
+
+@pytest.mark.parametrize("warped", [False, True], ids=["plain", "warped"])
+@pytest.mark.parametrize("draft_tokens", [0, 1, 3])
+def test_law(make_pair: Callable[..., MemoryModel], draft_tokens: int, warped: bool, over_buffers: Any) -> None:
+    """As in test_law, at α = 0.4; false alarm 10⁻⁶ a case."""
+    how = {"decoding": "speculative", "draft_tokens": draft_tokens} if draft_tokens else {"decoding": "parallel"}
+    found, limit = statistic(make_pair(vocab=VOCAB), 0.4, warped, seed=draft_tokens, **how)
+    assert found < limit and len(PROMPT) == 4
+
+
+def test_broken_weights_are_said_to_be(make_pair: Callable[..., MemoryModel], over_buffers: Any) -> None:
+    broken = make_pair()
+    with torch.no_grad():
+        broken.base.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(MemdecError, match="no token to choose"):
+        greedy(broken, {"input_ids": torch.tensor([[1, 2]])}, **HOW["γ = 4"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fused_step_says_what_a_plain_one_does(tiny_llama: Callable[..., Any], dtype: torch.dtype) -> None:
+    """Four query heads on two key heads, three tokens behind five; in bfloat16 by its own rounding of a plain step."""
+    model = tiny_llama(seed=3).to(dtype)
+    group, hidden = group_of(model), torch.full((2, 3, 8), False)
+    assert group == 2
+    for i in range(3):
+        hidden[:, i, 6 + i :] = True
+    hidden[1, :, :2] = True
+    ids = torch.arange(1, 17).reshape(2, 8)
+    said = []
+    for fuse in (False, True):
+        cache, slots = slot_cache(model, 8)
+        with torch.no_grad():
+            model(ids[:, :5], **{cache_name(model.forward): cache}, position_ids=torch.arange(5)[None])
+            slots.at = torch.arange(5, 8).expand(2, 3)
+            shown = hidden.repeat(1, group, 1) if fuse else hidden
+            mask = torch.zeros(shown.shape, dtype=dtype).masked_fill(shown, -torch.inf)[:, None]
+            with fused(model) if fuse else nullcontext():
+                places = torch.arange(5, 8)[None]
+                said.append(
+                    model(ids[:, 5:], mask, position_ids=places, **{cache_name(model.forward): cache}).logits.float()
+                )
+    exact = {torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
+    torch.testing.assert_close(said[1], said[0], rtol=exact, atol=exact)
+    assert model.config._attn_implementation == "sdpa" and not any("forward" in m.__dict__ for m in model.modules())
+
+
+# -- where it applies ------------------------------------------------------------------------------------------------
+
+
+def test_why_not(
+    make_pair: Callable[..., MemoryModel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, cpu = make_pair(), torch.device("cpu")
+    assert graphs.why_not(model, cpu) == "the models are not on a CUDA device"
+    with caplog.at_level(logging.DEBUG, logger="memdec"):
+        greedy(model, {"input_ids": torch.tensor([[1, 2]])}, 2)
+    assert "without CUDA graphs: the models are not on a CUDA device" in caplog.text
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    assert graphs.why_not(model, cpu) is None
+    monkeypatch.setenv("MEMDEC_GRAPHS", "0")
+    assert graphs.why_not(model, cpu) == "MEMDEC_GRAPHS is 0"
+    monkeypatch.delenv("MEMDEC_GRAPHS")
+    with torch.autocast("cpu"):
+        assert graphs.why_not(model, cpu) == "autocast is on"
+    hook = model.memory.lm_head.register_forward_hook(lambda *_: None)
+    assert graphs.why_not(model, cpu) == "the memory has hooks"
+    hook.remove()
+    model.base.train()
+    assert graphs.why_not(model, cpu) == "the base is in training mode"
+    model.base.eval()
+    model.base.config._attn_implementation = "flex_attention"
+    assert "not made for static caches" in str(graphs.why_not(model, cpu))
+
+
+def test_few_buffers_are_kept(make_pair: Callable[..., MemoryModel]) -> None:
+    model = make_pair()
+    first = graphs.rounds_of(model, 1, 16, 8, None)
+    assert graphs.rounds_of(model, 1, 16, 8, None) is first
+    for rows in range(2, 2 + graphs.KEPT):
+        graphs.rounds_of(model, rows, 16, 8, None)
+    assert len(graphs._KEPT[model]) == graphs.KEPT and graphs.rounds_of(model, 1, 16, 8, None) is not first
+    second = graphs.rounds_of(model, 1, 16, 8, None)
+    with torch.no_grad():
+        model.base.model.norm.weight.data = model.base.model.norm.weight.clone()
+    assert graphs.rounds_of(model, 1, 16, 8, None) is not second  # a weight lies elsewhere
+    graphs.forget(model)
+    assert model not in graphs._KEPT
