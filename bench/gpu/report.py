@@ -53,7 +53,7 @@ def step(out: Path, name: str, status: int, seconds: int, log: Path) -> None:
     with open(out / "steps.jsonl", "a", encoding="utf-8") as lines:
         lines.write(json.dumps(line) + "\n")
     word = "ok" if line["ok"] else "OUT OF TIME" if status == 124 else "FAILED" if status else "NOTHING RAN"
-    print(f"   {word} {line['tests'] or ''}", flush=True)
+    print(f"{word} {seconds} s  {name}  {line['tests'] or ''}", flush=True)
     if not line["ok"]:
         print("\n".join("   | " + row for row in text.splitlines()[-25:]), flush=True)
 

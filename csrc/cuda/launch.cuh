@@ -68,6 +68,12 @@ inline Status on_device(const Launch& launch, DType dtype, const char* argument,
   return device.status();
 }
 
+inline int64_t multiprocessors(int device) {
+  int count = 1;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Deals out a workspace, each part aligned; without memory (null) it only counts.
 class Parts {
  public:

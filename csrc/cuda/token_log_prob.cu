@@ -1,16 +1,26 @@
 // token_log_prob: log softmax(z)[target] = (z_target − max) − log Σ exp(z − max), for every row.
 //
-// Traffic: each logit is read from memory once, one number a row is written. Where rows are few, 8 bytes a thread and span
-// (an eighth of a bf16 row) go through the workspace, which stays in the second-level cache.
-#include "cuda/softmax.cuh"
+// Traffic: each logit is read from memory once, one number a row is written; beside that 8 bytes a span.
+#include "cuda/spans.cuh"
 
 namespace memdec::cuda {
 namespace {
 
+// A block a span.
 template <class T>
-__global__ void __launch_bounds__(block_threads) log_prob_of_rows(TokenLogProb op, const Softmax<float>* states) {
-  const int64_t r = blockIdx.x;
-  const Softmax<float> state = softmax_of_row<T>(op.logits, r, states);
+__global__ void __launch_bounds__(block_threads) reduce_spans_of_rows(Rows logits, Softmax<float>* states) {
+  const int64_t spans = spans_of(logits.columns), r = blockIdx.x / spans;
+  float value[share_size];
+  load_share(row_of<const T>(logits, r), logits.columns, blockIdx.x % spans, value);
+  const Softmax<float> state = softmax_of_block(value);
+  if (threadIdx.x == 0) states[blockIdx.x] = state;
+}
+
+// A warp a row.
+template <class T>
+__global__ void __launch_bounds__(warp_size) log_prob_of_rows(TokenLogProb op, const Softmax<float>* states) {
+  const int64_t r = blockIdx.x, spans = spans_of(op.logits.columns);
+  const Softmax<float> state = merged_by_warp(spans, [&](int64_t i) { return states[r * spans + i]; });
   if (threadIdx.x != 0) return;
   const int64_t target = op.targets[r];
   const bool known = target >= 0 && target < op.logits.columns;
@@ -21,14 +31,16 @@ __global__ void __launch_bounds__(block_threads) log_prob_of_rows(TokenLogProb o
 
 }  // namespace
 
-int64_t workspace_bytes(const TokenLogProb& op) { return split_states(op.logits) * static_cast<int64_t>(sizeof(Softmax<float>)); }
+int64_t workspace_bytes(const TokenLogProb& op) {
+  return op.logits.count * spans_of(op.logits.columns) * static_cast<int64_t>(sizeof(Softmax<float>));
+}
 
 Status token_log_prob(const TokenLogProb& op, const Launch& where) {
   return on_device(where, op.logits.dtype, "logits", [&]<class T>(T, cudaStream_t stream) {
     if (op.logits.count == 0) return;
-    auto* const states = is_split(op.logits) ? static_cast<Softmax<float>*>(where.workspace) : nullptr;
-    launch_split_softmax<T>(op.logits, states, stream);
-    launch(log_prob_of_rows<T>, op.logits.count, block_threads, 0, stream, op, states);
+    auto* const states = static_cast<Softmax<float>*>(where.workspace);
+    launch(reduce_spans_of_rows<T>, op.logits.count * spans_of(op.logits.columns), block_threads, 0, stream, op.logits, states);
+    launch(log_prob_of_rows<T>, op.logits.count, warp_size, 0, stream, op, states);
   });
 }
 

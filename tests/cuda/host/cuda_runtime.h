@@ -95,6 +95,7 @@ T shuffle(unsigned mask, T value, int source, Where where) {
 // Where a default argument stands, source_location::current() is the line of the call.
 #define MEMDEC_WHERE memdec::cuda::host::Where where = memdec::cuda::host::Where::current()
 
+inline void __threadfence() {}
 inline void __syncthreads(MEMDEC_WHERE) { memdec::cuda::host::wait_for_block(where); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, MEMDEC_WHERE) { memdec::cuda::host::exchange(mask, 0, -1, where); }
 inline unsigned __ballot_sync(unsigned mask, bool vote, MEMDEC_WHERE) {
