@@ -1,4 +1,5 @@
 // Chooses the SIMD level, once, and sends each op to the kernels of that level.
+#include <initializer_list>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>

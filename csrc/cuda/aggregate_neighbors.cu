@@ -8,18 +8,19 @@
 //   4. where a run ends its sum over the total is its probability, cut by min_prob and by max_tokens
 // Rows differ in how many pairs they give, and the pairs of all rows stand one row behind the other: a tile of rows (one, or a
 // warp each) tells the tiles behind it how many it has as soon as it knows, and finds its own beginning by adding up what those
-// before it have told (Merrill and Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016). Tiles are tickets,
-// so nobody waits for ever. Everything is written once, at its place.
+// before it have told (Merrill and Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016). Tiles are handed
+// out in order, so that those before have begun, and nobody waits for ever. Everything is written once, at its place.
 //
 // Traffic: distances and token ids are read once (8 bytes a neighbour for float32 and int32), outputs written once (8 bytes a
 // pair). Above 8192 neighbours a row is sorted in the workspace, and goes to it and back once for every step of the network.
 #include "cuda/rows.cuh"
 #include "cuda/scan.cuh"
 #include "cuda/sort.cuh"
-#include "cuda/tickets.cuh"
 
 namespace memdec::cuda {
 namespace {
+
+using Word = unsigned long long;  // the 64 bits that atomic operations take
 
 constexpr Word none = ~Word{0};
 constexpr int tile_warps = 4;                 // rows in a tile of rows_by_warps
@@ -244,6 +245,17 @@ __global__ void __launch_bounds__(block_threads) begin(int64_t* out_indptr, Prog
   out_indptr[0] = 0;
 }
 
+// The next tile, for a whole block.
+__device__ inline int64_t next_tile(Progress* progress) {
+  struct Next {
+    int64_t tile;
+  };
+  __syncthreads();  // the number of the tile before may still be read
+  if (threadIdx.x == 0) shared<Next>().tile = static_cast<int64_t>(atomicAdd(&progress->tiles_begun, Word{1}));
+  __syncthreads();
+  return shared<Next>().tile;
+}
+
 // The pairs of all tiles before this one, which has `length`. A whole warp calls it.
 __device__ inline int64_t begin_of_tile(volatile Word* tiles, int64_t tile, int64_t length) {
   const int lane = lane_of_thread();
@@ -282,7 +294,7 @@ __global__ void __launch_bounds__(tile_warps* warp_size)
     int64_t begin;
   };
   Scratch& scratch = shared<Scratch>();
-  const int64_t tile = Tickets(&progress->tiles_begun).take(), rows = op.distances.count, k = op.distances.columns;
+  const int64_t tile = next_tile(progress), rows = op.distances.count, k = op.distances.columns;
   const int warp = warp_of_thread(), lane = lane_of_thread();
   const int64_t r = tile * tile_warps + warp;
   float* const numbers = scratch.number[warp];
@@ -367,8 +379,9 @@ __global__ void __launch_bounds__(row_threads, 2)
   const size_t row_bytes = size_t{n} * (sizeof(uint64_t) + sizeof(float));
   uint64_t* const keys = reinterpret_cast<uint64_t*>(memory ? memory + blockIdx.x * row_bytes : dynamic_shared<unsigned char>());
   float* const weights = reinterpret_cast<float*>(keys + n);
-  Tickets tickets(&progress->tiles_begun);
-  for (int64_t r = tickets.take(); r < rows; r = tickets.take()) {
+  for (;;) {
+    const int64_t r = next_tile(progress);
+    if (r >= rows) return;
     float least = INFINITY;
     bool wrong = false;
     with_distances(op, r, [&](const auto* distances) {

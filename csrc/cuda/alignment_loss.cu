@@ -9,21 +9,18 @@
 // Of a row's gradient, scale·exp(z − max) is written everywhere; then the |q| + 1 places that differ are overwritten with what
 // was computed for them in float32 before anything was written: the gradient may lie over the logits.
 //
-// Traffic: the loss reads a row once. With the gradient it reads it again, in the second-level cache, and writes it. The separate
-// backward pass reads once and writes once. Beside that 4 bytes an entry go through the workspace.
+// Traffic: the loss reads a row once. With the gradient it reads it again, hoped for in the second-level cache, and writes it.
+// The separate backward pass reads once and writes once. Beside that 4 bytes an entry go through the workspace.
 //
-// One kernel does it all, its blocks by tickets. A ticket is a span of a row to be read, or a span of its gradient to be written;
-// who reads the last of a row's spans makes its losses and corrections. Writing follows reading at a distance of so many rows that
-// what it waits for has been done, and so few that they are in the second-level cache still.
-#include "cuda/spans.cuh"
-#include "cuda/tickets.cuh"
+// Many rows: a block a row, from end to end. Few rows: their spans are reduced first (softmax.cuh), then a block a row makes the
+// losses and the corrections, then a block a span writes the gradient.
+#include "cuda/softmax.cuh"
 
 namespace memdec::cuda {
 namespace {
 
-// Blocks that a multiprocessor must hold at once. With more, registers spill.
-template <class T>
-constexpr int blocks_at_once = sizeof(T) == 4 ? 2 : 3;
+// Blocks that a multiprocessor must hold at once. More is the compiler's own aim, and it spills registers for it.
+constexpr int blocks_at_once = 2;
 
 // What is common to AlignmentLoss and AlignmentGradient.
 struct Job {
@@ -54,28 +51,21 @@ struct Slope {
 
 // What the kernels of one call leave each other.
 struct Scratch {
-  Word* tickets;           // (1,) that are taken
-  uint32_t* spans_read;    // (N,)
-  uint32_t* can_be_written;  // (N,) flags: slope and corrections of the row are there
-  Softmax<float>* states;  // (N, spans) of each row
+  Softmax<float>* states;  // of split rows, see softmax.cuh
   int64_t* kept;           // (1,) rows that are not ignored, for Reduction::mean
   float* row_losses;       // (2, N) kl and ce of each row, where they are to be summed
   float* corrected;        // (nnz,) the gradient at the teacher's entries
-  Slope* slopes;           // (N,)
+  Slope* slopes;           // (N,) of split rows
 };
 
 Scratch scratch_of(const Job& job, Parts& parts) {
-  const bool reduced = job.losses[0] && job.reduction != Reduction::none;
-  const int64_t rows = job.logits.count;
+  const bool split = is_split(job.logits), reduced = job.losses[0] && job.reduction != Reduction::none;
   Scratch scratch{};
-  scratch.tickets = parts.take<Word>(1);
-  scratch.spans_read = parts.take<uint32_t>(rows);
-  scratch.can_be_written = parts.take<uint32_t>(rows);
-  if (!job.known_max) scratch.states = parts.take<Softmax<float>>(rows * spans_of(job.logits.columns));
+  if (split && !job.known_max) scratch.states = parts.take<Softmax<float>>(split_states(job.logits));
   if (job.reduction == Reduction::mean) scratch.kept = parts.take<int64_t>(1);
-  if (reduced) scratch.row_losses = parts.take<float>(2 * rows);
+  if (reduced) scratch.row_losses = parts.take<float>(2 * job.logits.count);
   if (job.grad.data) scratch.corrected = parts.take<float>(job.teacher.indptr ? job.teacher.nnz : 0);
-  if (job.grad.data) scratch.slopes = parts.take<Slope>(rows);
+  if (job.grad.data && split) scratch.slopes = parts.take<Slope>(job.logits.count);
   return scratch;
 }
 
@@ -155,13 +145,26 @@ __device__ inline Slope corrections(const Job& job, const Scratch& scratch, cons
   return slope;
 }
 
-// The corrections in columns [from, to), over the slope that was written there: a barrier lies between the two.
+// Span `span` of a row's gradient, but for the corrections.
+template <class T>
+__device__ inline void write_slope(const T* z, T* grad, int64_t columns, int64_t span, const Slope& slope) {
+  const int64_t lead = lead_of(grad);
+  float value[share_size] = {};
+  if (!slope.is_zero) {
+    load_share(z, columns, span, value, lead);
+#pragma unroll
+    for (int i = 0; i < share_size; ++i) value[i] = exponential(value[i] - slope.max) * slope.scale;
+  }
+  store_share(grad, columns, span, value, lead);
+}
+
+// The corrections in columns [from, to), over what write_slope wrote there: a barrier lies between the two.
 template <class T>
 __device__ inline void write_entries(const Job& job, const Scratch& scratch, T* grad, const Target& target, const Slope& slope,
                                      int64_t from, int64_t to) {
   for (int64_t i = target.begin + threadIdx.x; i < target.end; i += block_threads) {
     const int32_t id = job.teacher.ids[i];
-    if (is_token(job, id) && id >= from && id < to) grad[id] = narrowed<T>(fresh(scratch.corrected + i));
+    if (is_token(job, id) && id >= from && id < to) grad[id] = narrowed<T>(scratch.corrected[i]);
   }
   const bool here = target.label_is_known && !slope.has_label && target.label >= from && target.label < to;
   if (here && threadIdx.x == 0) grad[target.label] = narrowed<T>(slope.at_label);
@@ -178,114 +181,49 @@ __device__ inline void write_losses(const Job& job, const Scratch& scratch, int6
   }
 }
 
-// A block's work: row r's losses and corrections, from the state of its softmax.
+// A block a row: its losses, and its gradient, or (where rows are split) what write_gradient_of_spans needs for it.
 template <class T>
-__device__ inline void finish_row(const Job& job, const Scratch& scratch, int64_t r, Softmax<float> state) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once) align_rows(Job job, Scratch scratch) {
+  const int64_t r = blockIdx.x, columns = job.logits.columns;
   const T* const z = row_of<const T>(job.logits, r);
   const Target target = target_of_row(job, r);
+  const bool ignored = target.label == job.ignore_index;
+  Softmax<float> state{0, 0};
   Slope slope{0, 0, 0, false, true};
-  if (target.label == job.ignore_index) {
-    state = {0, 0};
+  if (ignored) {
     if (threadIdx.x == 0) write_losses(job, scratch, r, 0, 0);
   } else {
+    state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]} : softmax_of_row<T>(job.logits, r, scratch.states);
     const Sums sums = sums_of_row(job, z, target, state);
     if (threadIdx.x == 0)
       write_losses(job, scratch, r, sums.kl, target.label_is_known ? -state.log_prob(widened(z[target.label])) : NAN);
     if (job.grad.data) slope = corrections(job, scratch, z, target, state, sums, weight_of_row(job, scratch, r));
   }
-  if (threadIdx.x != 0) return;
-  if (job.max) job.max[r] = state.max;
-  if (job.sum) job.sum[r] = state.sum;
-  if (job.grad.data) scratch.slopes[r] = slope;
-}
-
-// The block's ticket is a span of row r to be read.
-template <class T>
-__device__ inline void read_span(const Job& job, const Scratch& scratch, int64_t r, int64_t span, int64_t spans) {
-  if (!job.known_max && job.labels[r] != job.ignore_index) {
-    float value[share_size];
-    load_share(row_of<const T>(job.logits, r), job.logits.columns, span, value);
-    const Softmax<float> state = softmax_of_block(value);
-    if (threadIdx.x == 0) scratch.states[r * spans + span] = state;
+  if (threadIdx.x == 0 && job.max) job.max[r] = state.max;
+  if (threadIdx.x == 0 && job.sum) job.sum[r] = state.sum;
+  if (!job.grad.data) return;
+  if (scratch.slopes) {
+    if (threadIdx.x == 0) scratch.slopes[r] = slope;
+    return;
   }
-  if (!is_last_of(static_cast<uint32_t>(spans), scratch.spans_read + r)) return;
-  Softmax<float> state;
-  if (job.known_max) state = {job.known_max[r], job.known_sum[r]};
-  else if (job.labels[r] != job.ignore_index)
-    state = merged_by_warp(spans, [&](int64_t i) { return fresh(scratch.states + r * spans + i); });
-  finish_row<T>(job, scratch, r, state);
-  if (job.grad.data) raise(scratch.can_be_written + r);
-}
-
-// The block's ticket is a span of row r's gradient to be written.
-template <class T>
-__device__ inline void write_span(const Job& job, const Scratch& scratch, int64_t r, int64_t span) {
-  const int64_t columns = job.logits.columns;
   T* const grad = row_of<T>(job.grad, r);
-  const int64_t lead = lead_of(grad), from = span * span_columns - lead;
-  if (from >= columns) return;
-  float value[share_size];
-  load_share(row_of<const T>(job.logits, r), columns, span, value, lead);  // under way while we wait
-  wait_for(scratch.can_be_written + r);
-  const Slope slope = fresh(scratch.slopes + r);
-#pragma unroll
-  for (int i = 0; i < share_size; ++i) value[i] = slope.is_zero ? 0 : decay(value[i] - slope.max) * slope.scale;
-  store_share(grad, columns, span, value, lead);
+  __syncthreads();  // every thread has read the logits that it needs from others' columns
+  for (int64_t span = 0; span < spans_of(columns + lead_of(grad)); ++span) write_slope(z, grad, columns, span, slope);
   __syncthreads();  // the slope is written, and can be written over
+  if (!ignored) write_entries(job, scratch, grad, target, slope, 0, columns);
+}
+
+// A block a span of the split rows' gradients.
+template <class T>
+__global__ void __launch_bounds__(block_threads, blocks_at_once) write_gradient_of_spans(Job job, Scratch scratch) {
+  const int64_t columns = job.logits.columns, spans = spans_of(columns + width_of<T>);
+  const int64_t r = blockIdx.x / spans, span = blockIdx.x % spans;
+  const Slope slope = scratch.slopes[r];
+  T* const grad = row_of<T>(job.grad, r);
+  write_slope(row_of<const T>(job.logits, r), grad, columns, span, slope);
+  __syncthreads();  // the slope is written, and can be written over
+  const int64_t from = span * span_columns - lead_of(grad);
   if (!slope.is_zero) write_entries(job, scratch, grad, target_of_row(job, r), slope, from, from + span_columns);
-}
-
-// What a ticket is: first the spans of `ahead` rows are read; then in turn those of the next row are read and the first row's
-// written, until the last are written.
-struct Schedule {
-  int64_t rows;
-  int64_t ahead;
-  int64_t reads;   // tickets a row
-  int64_t writes;  // tickets a row; 0: no gradient is wanted
-
-  __host__ __device__ int64_t tickets() const { return rows * (reads + writes); }
-};
-
-template <class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<T>) align_spans(Job job, Scratch scratch, Schedule schedule) {
-  const int64_t reads = schedule.reads, writes = schedule.writes, ahead = schedule.ahead, in_turn = schedule.rows - ahead;
-  Tickets tickets(scratch.tickets);
-  for (int64_t ticket = tickets.take(); ticket < schedule.tickets(); ticket = tickets.take()) {
-    int64_t after = ticket - ahead * reads;
-    if (after < 0) {
-      read_span<T>(job, scratch, ticket / reads, ticket % reads, reads);
-      continue;
-    }
-    const int64_t r = after / (reads + writes), i = after % (reads + writes);
-    if (r < in_turn && i < reads) {
-      read_span<T>(job, scratch, ahead + r, i, reads);
-    } else if (r < in_turn) {
-      write_span<T>(job, scratch, r, i - reads);
-    } else {
-      after -= in_turn * (reads + writes);
-      write_span<T>(job, scratch, in_turn + after / writes, after % writes);
-    }
-  }
-}
-
-template <class T>
-Schedule schedule_of(const Job& job, int device) {
-  int cache_bytes = 0;
-  cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device);
-  const int64_t rows = job.logits.count;
-  return {.rows = rows,
-          .ahead = smaller(rows, larger(1, cache_bytes / 4 / bytes_of_row(job.logits))),
-          .reads = job.known_max ? 1 : spans_of(job.logits.columns),
-          .writes = job.grad.data ? spans_of(job.logits.columns + width_of<T> - 1) : 0};
-}
-
-// Before all that: no ticket is taken, no span read.
-__global__ void __launch_bounds__(block_threads) begin(Scratch scratch, int64_t rows) {
-  const int64_t r = int64_t{blockIdx.x} * block_threads + threadIdx.x;
-  if (r == 0) *scratch.tickets = 0;
-  if (r >= rows) return;
-  scratch.spans_read[r] = 0;
-  scratch.can_be_written[r] = 0;
 }
 
 // One block: how many rows are not ignored.
@@ -357,10 +295,10 @@ Status run(const Job& job, const Launch& where) {
     const int64_t rows = job.logits.count;
     if (scratch.kept) launch(count_kept, 1, block_threads, 0, stream, job, scratch);
     if (rows > 0) {
-      const Schedule schedule = schedule_of<T>(job, where.device);
-      launch(begin, (rows + block_threads - 1) / block_threads, block_threads, 0, stream, scratch, rows);
-      launch(align_spans<T>, smaller(schedule.tickets(), blocks_at_once<T> * multiprocessors(where.device)), block_threads, 0, stream, job,
-             scratch, schedule);
+      if (scratch.states) launch_split_softmax<T>(job.logits, scratch.states, stream);
+      launch(align_rows<T>, rows, block_threads, 0, stream, job, scratch);
+      if (scratch.slopes)
+        launch(write_gradient_of_spans<T>, rows * spans_of(job.logits.columns + width_of<T>), block_threads, 0, stream, job, scratch);
     }
     if (job.losses[0] && job.reduction != Reduction::none) launch(reduce_losses, 1, block_threads, 0, stream, job, scratch);
   });

@@ -1,0 +1,68 @@
+// The online softmax of rows: (max, Σ exp(z − max)), for many rows and for few.
+//
+// Many rows: a block a row. Few rows (decoding) would leave most of the device idle, so a first kernel gives a block to every
+// span of every row and leaves each thread's state of its share in the workspace; the op's own kernel then has a block a row
+// that takes these states instead of reading the row. Both merge the same states in the same order: the bits of a row do not
+// depend on how many rows there are.
+#pragma once
+
+#include "core/softmax.h"
+#include "cuda/reductions.cuh"
+#include "cuda/rows.cuh"
+
+namespace memdec::cuda {
+namespace {
+
+// Up to this many rows are split: about two blocks a multiprocessor of the largest devices.
+constexpr int64_t few_rows = 256;
+
+inline bool is_split(const Rows& rows) { return rows.count <= few_rows && rows.columns > span_columns; }
+inline int64_t split_states(const Rows& rows) { return is_split(rows) ? rows.count * spans_of(rows.columns) * block_threads : 0; }
+
+__device__ inline Softmax<float> softmax_of_share(const float (&value)[share_size]) {
+  Softmax<float> state;
+#pragma unroll
+  for (int i = 0; i < share_size; ++i) state.max = fmaxf(state.max, value[i]);
+  // A NaN was skipped above; it comes back here, through exp. A share of −inf is measured from 0, for a sum of 0.
+  const float shift = state.max == -INFINITY ? 0 : state.max;
+  float sum[4] = {};
+#pragma unroll
+  for (int i = 0; i < share_size; ++i) sum[i % 4] += exponential(value[i] - shift);
+  state.sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  return state;
+}
+
+template <class T>
+__device__ inline Softmax<float> softmax_of_span(const T* row, int64_t columns, int64_t span) {
+  float value[share_size];
+  load_share(row, columns, span, value);
+  return softmax_of_share(value);
+}
+
+// A block for every span of every row.
+template <class T>
+__global__ void __launch_bounds__(block_threads) split_softmax(Rows rows, Softmax<float>* states) {
+  const int64_t spans = spans_of(rows.columns), r = blockIdx.x / spans, span = blockIdx.x % spans;
+  states[int64_t{blockIdx.x} * block_threads + threadIdx.x] = softmax_of_span(row_of<const T>(rows, r), rows.columns, span);
+}
+
+// Fills `states` for the kernel that follows, where the rows are few; without effect where they are many.
+template <class T>
+inline void launch_split_softmax(const Rows& rows, Softmax<float>* states, cudaStream_t stream) {
+  if (is_split(rows)) launch(split_softmax<T>, rows.count * spans_of(rows.columns), block_threads, 0, stream, rows, states);
+}
+
+// The state of row r, known to every thread of its block. `states`: what split_softmax left, or null: the row is read.
+template <class T>
+__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states) {
+  const int64_t spans = spans_of(rows.columns);
+  const T* const row = row_of<const T>(rows, r);
+  Softmax<float> state;
+  for (int64_t span = 0; span < spans; ++span)
+    state = merge(state, states ? states[(r * spans + span) * block_threads + threadIdx.x]
+                                : softmax_of_span(row, rows.columns, span));
+  return reduce_block<block_threads>(state, [](Softmax<float> a, Softmax<float> b) { return merge(a, b); });
+}
+
+}  // namespace
+}  // namespace memdec::cuda
