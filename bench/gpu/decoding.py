@@ -12,6 +12,7 @@ would take.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import sys
@@ -66,6 +67,7 @@ def main() -> None:
             with open(arguments.out, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")
         del model, speed
+        gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 
