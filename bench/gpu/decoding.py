@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="everything compiled as well")
     parser.add_argument("--out", type=Path, default=None, help="a JSON line a pair is appended to this file")
     arguments = parser.parse_args()
+    os.environ.setdefault("COLUMNS", "120")  # of the table, where there is no terminal
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from measuring import machine
