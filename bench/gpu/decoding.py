@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="qwen2.5-1.5b+qwen2.5-0.5b,qwen2.5-7b+qwen2.5-0.5b", help="BASE+MEMORY,…")
     parser.add_argument("--acceptance", type=float, default=0.8, help="chance that a draft stands")
     parser.add_argument("--prompt-tokens", type=int, default=48)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--draft-tokens", default="2,3,4")
     parser.add_argument("--repeats", type=int, default=2, help="runs that count, after one that does not")
     parser.add_argument("--compile", action="store_true", help="everything compiled as well")

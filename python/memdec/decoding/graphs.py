@@ -316,7 +316,8 @@ class Rounds:
                     graph.capture_end()
             self.graphs[key] = graph
         except RuntimeError as problem:
-            self.failure = f"capturing {key[0]}({key[1]}) failed: {str(problem).strip().splitlines()[0]}"
+            said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            self.failure = f"capturing {key[0]}({key[1]}) failed: {said}"
             self.captures = False
             self.graphs.clear()
             LOGGER.warning("decoding goes on without CUDA graphs: %s", self.failure)
