@@ -12,8 +12,10 @@ would take.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,12 +30,13 @@ def main() -> None:
     parser.add_argument("--shapes", default="qwen2.5-1.5b+qwen2.5-0.5b,qwen2.5-7b+qwen2.5-0.5b", help="BASE+MEMORY,…")
     parser.add_argument("--acceptance", type=float, default=0.8, help="chance that a draft stands")
     parser.add_argument("--prompt-tokens", type=int, default=48)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--draft-tokens", default="2,3,4")
     parser.add_argument("--repeats", type=int, default=2, help="runs that count, after one that does not")
     parser.add_argument("--compile", action="store_true", help="everything compiled as well")
     parser.add_argument("--out", type=Path, default=None, help="a JSON line a pair is appended to this file")
     arguments = parser.parse_args()
+    os.environ.setdefault("COLUMNS", "120")  # of the table, where there is no terminal
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from measuring import machine
@@ -66,6 +69,7 @@ def main() -> None:
             with open(arguments.out, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")
         del model, speed
+        gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 

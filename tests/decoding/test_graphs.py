@@ -275,6 +275,101 @@ def test_a_fused_step_says_what_a_plain_one_does(tiny_llama: Callable[..., Any],
     assert model.config._attn_implementation == "sdpa" and not any("forward" in m.__dict__ for m in model.modules())
 
 
+# -- graphs and streams, by stand-ins --------------------------------------------------------------------------------
+
+
+class Moment:
+    """An event or a stream, as far as they are asked for anything."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def elapsed_time(self, other: Any) -> float:
+        return 1.0
+
+
+class Graph:
+    """What runs between its begin and its end leaves no trace; a replay does it."""
+
+    fails = False
+    made: list[Graph] = []  # noqa: RUF012
+    capturing: tuple[graphs.Rounds, tuple[str, int]] | None = None
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        assert Graph.capturing is not None
+        self.rounds, self.key = Graph.capturing
+        Graph.made.append(self)
+        caches = (self.rounds.base.cache, self.rounds.memory.cache)
+        kept = [v for v in vars(self.rounds).values() if isinstance(v, Tensor)]
+        kept += [store for cache in caches for layer in cache.layers for store in (layer.keys, layer.values)]
+        self.before = [(tensor, tensor.clone()) for tensor in kept]
+
+    def capture_end(self) -> None:
+        for tensor, value in self.before:
+            tensor.copy_(value)
+        if Graph.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def replay(self) -> None:
+        getattr(self.rounds, self.key[0])(self.key[1])
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Graph]]:
+    """The code for a GPU runs, with stand-ins for graphs, streams and events."""
+    init, capture = graphs.Rounds.__init__, graphs.Rounds.capture
+
+    def made(self: graphs.Rounds, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.captures, self.streams = True, (Moment(), Moment())  # type: ignore[assignment]
+
+    def captured(self: graphs.Rounds, key: tuple[str, int]) -> None:
+        Graph.capturing = self, key
+        capture(self, key)
+
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs.Rounds, "__init__", made)
+    monkeypatch.setattr(graphs.Rounds, "capture", captured)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Event", Moment)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Moment())
+    monkeypatch.setattr(Graph, "made", [])
+    yield Graph
+
+
+def test_each_function_is_captured_once(make_pair: Callable[..., MemoryModel], stand_ins: type[Graph]) -> None:
+    model, prompts = make_pair(close=0.35), prompts_of(5)
+    wanted = greedy(model, padded(prompts), decoding="composite")
+    for _ in range(2):
+        assert_same_texts(model, prompts, greedy(model, padded(prompts), **HOW["γ = 4"]), wanted)
+    made = [graph.key for graph in stand_ins.made]
+    assert sorted(made) == [("draft", 0), ("draft", 1), ("draft", 2), ("draft", 3), ("verify", 4)]
+    last = model.last_decode
+    assert last is not None and last.cost_ratio is not None and last.seconds["draft"] > 0
+    assert_same_texts(model, prompts, greedy(model, padded(prompts), decoding="auto"), wanted)
+
+
+def test_where_a_capture_fails_the_text_is_written_without(
+    make_pair: Callable[..., MemoryModel],
+    stand_ins: type[Graph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(stand_ins, "fails", True)
+    model, ids = make_pair(close=0.35), {"input_ids": torch.tensor([[4, 8, 15]])}
+    wanted = greedy(model, ids, decoding="composite")
+    assert greedy(model, ids, **HOW["γ = 4"]) == wanted and len(stand_ins.made) == 1
+    assert "goes on without CUDA graphs: capturing draft(0) failed: operation not permitted" in caplog.text
+    assert greedy(model, ids, **HOW["γ = 4"]) == wanted and len(stand_ins.made) == 1
+    assert model.last_decode is not None and "capture" not in model.last_decode.seconds
+
+
 # -- where it applies ------------------------------------------------------------------------------------------------
 
 

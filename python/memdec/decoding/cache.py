@@ -135,6 +135,12 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped 
             self.keys.zero_()
             self.values.zero_()
 
+    def clear(self, where: Tensor) -> None:
+        """Zeros in the slots that a mask (B, room) names."""
+        if self.is_initialized:
+            for store in (self.keys, self.values):
+                store.masked_fill_(where[:, None, :, None], 0.0)
+
     def copy_from(self, other: SlotLayer) -> None:
         """Takes over what a layer of less room holds."""
         if other.is_initialized:

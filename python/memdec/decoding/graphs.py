@@ -187,6 +187,9 @@ class Rounds:
                 if prompt > 1:
                     mask = attention_mask[:, :-1] if rows > 1 or padded else None
                     reader.read(input_ids[:, :-1], mask, positions[:, :-1], last_only=True)
+                if padded:  # what attended to nothing may be NaN, and a NaN behind a mask is still one
+                    for layer in reader.cache.layers:
+                        layer.clear(~self.seen)
 
     def go_on_from(self, other: Rounds) -> None:
         """Takes over the texts of a set of buffers with less room."""
@@ -313,7 +316,8 @@ class Rounds:
                     graph.capture_end()
             self.graphs[key] = graph
         except RuntimeError as problem:
-            self.failure = f"capturing {key[0]}({key[1]}) failed: {str(problem).strip().splitlines()[0]}"
+            said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            self.failure = f"capturing {key[0]}({key[1]}) failed: {said}"
             self.captures = False
             self.graphs.clear()
             LOGGER.warning("decoding goes on without CUDA graphs: %s", self.failure)
