@@ -60,4 +60,6 @@ def bench_call(compare):
         ),
         "eager": thousand(lambda: eager(base, memory)),
     }
+    if base.is_cuda:
+        contestants["a launch alone, torch.cuda._sleep(0)"] = thousand(lambda: torch.cuda._sleep(0))
     compare("interpolate_argmax", {"shape": [1, 8], "dtype": "float32", "calls": 1000}, contestants, 64000)

@@ -41,8 +41,9 @@ def bench_interpolate_sample(compare, rows, vocab, settings):
         "eager": lambda: eager(base, memory, **settings),
     }
     if base.is_cuda and not settings and (flashinfer := importable("flashinfer.sampling")):
+        draws = torch.Generator("cuda")
         contestants["eager mixture, FlashInfer's sampling"] = lambda: flashinfer.sampling_from_probs(
-            ALPHA * memory.float().softmax(-1) + (1 - ALPHA) * base.float().softmax(-1)
+            ALPHA * memory.float().softmax(-1) + (1 - ALPHA) * base.float().softmax(-1), generator=draws
         )
     case = {"shape": [rows, vocab], "dtype": "bfloat16", "warpers": settings}
     compare("interpolate_sample", case, contestants, base.nbytes * (2 if settings else 1))

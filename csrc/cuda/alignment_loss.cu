@@ -9,7 +9,8 @@
 // Of a row's gradient, scale·exp(z − max) is written everywhere; then the |q| + 1 places that differ are overwritten with what
 // was computed for them in float32 before anything was written: the gradient may lie over the logits.
 //
-// Traffic: the loss reads a row once. With the gradient it reads it again, hoped for in the second-level cache, and writes it.
+// Traffic: the loss reads a row once. With the gradient it reads it again, as far as possible in shared memory, the rest hoped for in
+// the second-level cache, and writes it.
 // The separate backward pass reads once and writes once. Beside that 4 bytes an entry go through the workspace.
 //
 // Many rows: a block a row, from end to end. Few rows: their spans are reduced first (softmax.cuh), then a block a row makes the
@@ -20,7 +21,8 @@ namespace memdec::cuda {
 namespace {
 
 // Blocks that a multiprocessor must hold at once. More is the compiler's own aim, and it spills registers for it.
-constexpr int blocks_at_once = 2;
+template <class T>
+constexpr int blocks_at_once = sizeof(T) == 4 ? 1 : 2;
 
 // What is common to AlignmentLoss and AlignmentGradient.
 struct Job {
@@ -114,7 +116,7 @@ template <class T>
 __device__ inline Sums sums_of_row(const Job& job, const T* z, const Target& target, Softmax<float> state) {
   Sums sums{};
   const float log_sum = logarithm(state.sum);
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += block_threads) {
+  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += wide_threads) {
     const int32_t id = job.teacher.ids[i];
     const float q = job.teacher.probs[i];
     if (!is_token(job, id)) {
@@ -125,7 +127,7 @@ __device__ inline Sums sums_of_row(const Job& job, const T* z, const Target& tar
     if (q != 0) sums.kl += q * (logarithm(q) - ((widened(z[id]) - state.max) - log_sum));
     sums.has_label |= id == target.label;
   }
-  return reduce_block<block_threads>(sums, Sums::merge);
+  return reduce_block<wide_threads>(sums, Sums::merge);
 }
 
 // The row's slope, and its gradient at the teacher's entries; reads of z all that write_entries will overwrite.
@@ -135,7 +137,7 @@ __device__ inline Slope corrections(const Job& job, const Scratch& scratch, cons
   const float pull = weight * job.beta, label_pull = weight * (1 - job.beta);
   Slope slope{state.max, weight * (job.beta * sums.mass + (1 - job.beta)) / state.sum, 0, sums.has_label != 0, false};
   if (!target.label_is_known) slope.scale = NAN;
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += block_threads) {
+  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += wide_threads) {
     const int32_t id = job.teacher.ids[i];
     if (!is_token(job, id)) continue;
     const float p = exponential(widened(z[id]) - slope.max) * slope.scale;
@@ -151,18 +153,18 @@ __device__ inline void write_slope(const T* z, T* grad, int64_t columns, int64_t
   const int64_t lead = lead_of(grad);
   float value[share_size] = {};
   if (!slope.is_zero) {
-    load_share(z, columns, span, value, lead);
+    load_share<wide_threads>(z, columns, span, value, lead);
 #pragma unroll
-    for (int i = 0; i < share_size; ++i) value[i] = exponential(value[i] - slope.max) * slope.scale;
+    for (int i = 0; i < share_size; ++i) value[i] = decay(value[i] - slope.max) * slope.scale;
   }
-  store_share(grad, columns, span, value, lead);
+  store_share<wide_threads>(grad, columns, span, value, lead);
 }
 
 // The corrections in columns [from, to), over what write_slope wrote there: a barrier lies between the two.
 template <class T>
 __device__ inline void write_entries(const Job& job, const Scratch& scratch, T* grad, const Target& target, const Slope& slope,
                                      int64_t from, int64_t to) {
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += block_threads) {
+  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += wide_threads) {
     const int32_t id = job.teacher.ids[i];
     if (is_token(job, id) && id >= from && id < to) grad[id] = narrowed<T>(scratch.corrected[i]);
   }
@@ -181,11 +183,12 @@ __device__ inline void write_losses(const Job& job, const Scratch& scratch, int6
   }
 }
 
-// A block a row: its losses, and its gradient, or (where rows are split) what write_gradient_of_spans needs for it.
+// A block a row, whose first `copied` spans fit into shared memory: its losses, and its gradient, or (where rows are split) what write_gradient_of_spans needs for it.
 template <class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once) align_rows(Job job, Scratch scratch) {
+__global__ void __launch_bounds__(wide_threads, blocks_at_once<T>) align_rows(Job job, Scratch scratch, int64_t copied) {
   const int64_t r = blockIdx.x, columns = job.logits.columns;
   const T* const z = row_of<const T>(job.logits, r);
+  T* const copy = dynamic_shared<T>();
   const Target target = target_of_row(job, r);
   const bool ignored = target.label == job.ignore_index;
   Softmax<float> state{0, 0};
@@ -193,7 +196,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once) align_rows(Job 
   if (ignored) {
     if (threadIdx.x == 0) write_losses(job, scratch, r, 0, 0);
   } else {
-    state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]} : softmax_of_row<T>(job.logits, r, scratch.states);
+    state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]} : softmax_of_row<T>(job.logits, r, scratch.states, copy, copied);
     const Sums sums = sums_of_row(job, z, target, state);
     if (threadIdx.x == 0)
       write_losses(job, scratch, r, sums.kl, target.label_is_known ? -state.log_prob(widened(z[target.label])) : NAN);
@@ -208,44 +211,55 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once) align_rows(Job 
   }
   T* const grad = row_of<T>(job.grad, r);
   __syncthreads();  // every thread has read the logits that it needs from others' columns
-  for (int64_t span = 0; span < spans_of(columns + lead_of(grad)); ++span) write_slope(z, grad, columns, span, slope);
+  for (int64_t span = 0; span < spans_of<wide_threads>(columns + lead_of(grad)); ++span)
+    write_slope(span < copied ? copy : z, grad, columns, span, slope);
   __syncthreads();  // the slope is written, and can be written over
   if (!ignored) write_entries(job, scratch, grad, target, slope, 0, columns);
 }
 
 // A block a span of the split rows' gradients.
 template <class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once) write_gradient_of_spans(Job job, Scratch scratch) {
-  const int64_t columns = job.logits.columns, spans = spans_of(columns + width_of<T>);
+__global__ void __launch_bounds__(wide_threads, blocks_at_once<T>) write_gradient_of_spans(Job job, Scratch scratch) {
+  const int64_t columns = job.logits.columns, spans = spans_of<wide_threads>(columns + width_of<T>);
   const int64_t r = blockIdx.x / spans, span = blockIdx.x % spans;
   const Slope slope = scratch.slopes[r];
   T* const grad = row_of<T>(job.grad, r);
   write_slope(row_of<const T>(job.logits, r), grad, columns, span, slope);
   __syncthreads();  // the slope is written, and can be written over
-  const int64_t from = span * span_columns - lead_of(grad);
-  if (!slope.is_zero) write_entries(job, scratch, grad, target_of_row(job, r), slope, from, from + span_columns);
+  const int64_t from = span * wide_columns - lead_of(grad);
+  if (!slope.is_zero) write_entries(job, scratch, grad, target_of_row(job, r), slope, from, from + wide_columns);
 }
 
 // One block: how many rows are not ignored.
-__global__ void __launch_bounds__(block_threads) count_kept(Job job, Scratch scratch) {
+__global__ void __launch_bounds__(wide_threads) count_kept(Job job, Scratch scratch) {
   int64_t kept = 0;
-  for (int64_t r = threadIdx.x; r < job.logits.count; r += block_threads) kept += job.labels[r] != job.ignore_index;
-  kept = sum_over_block<block_threads>(kept);
+  for (int64_t r = threadIdx.x; r < job.logits.count; r += wide_threads) kept += job.labels[r] != job.ignore_index;
+  kept = sum_over_block<wide_threads>(kept);
   if (threadIdx.x == 0) *scratch.kept = kept;
 }
 
 // One block: the sum or the mean of the rows' losses, in float64.
-__global__ void __launch_bounds__(block_threads) reduce_losses(Job job, Scratch scratch) {
+__global__ void __launch_bounds__(wide_threads) reduce_losses(Job job, Scratch scratch) {
   double part[2] = {};
-  for (int64_t r = threadIdx.x; r < job.logits.count; r += block_threads)
+  for (int64_t r = threadIdx.x; r < job.logits.count; r += wide_threads)
     for (int i = 0; i < 2; ++i) part[i] += static_cast<double>(scratch.row_losses[i * job.logits.count + r]);
   const double share = share_of_rows(job, scratch);
-  const float kl = static_cast<float>(sum_over_block<block_threads>(part[0]) * share);
-  const float ce = static_cast<float>(sum_over_block<block_threads>(part[1]) * share);
+  const float kl = static_cast<float>(sum_over_block<wide_threads>(part[0]) * share);
+  const float ce = static_cast<float>(sum_over_block<wide_threads>(part[1]) * share);
   if (threadIdx.x != 0) return;
   *job.losses[0] = weighted(job.beta, kl) + weighted(1 - job.beta, ce);
   *job.losses[1] = kl;
   *job.losses[2] = ce;
+}
+
+// The whole spans of a row that a block keeps in shared memory from its reading to the writing of the gradient.
+template <class T>
+int64_t copied_spans(const Job& job, const Scratch& scratch, int device) {
+  if (!job.grad.data || job.known_max || scratch.slopes) return 0;
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int64_t bytes = most / blocks_at_once<T> - 1536;  // what a block takes beside it is less
+  return smaller(job.logits.columns, bytes / static_cast<int64_t>(sizeof(T))) / wide_columns;
 }
 
 Job job_of(const AlignmentLoss& op) {
@@ -293,14 +307,17 @@ Status run(const Job& job, const Launch& where) {
     Parts parts(where.workspace);
     const Scratch scratch = scratch_of(job, parts);
     const int64_t rows = job.logits.count;
-    if (scratch.kept) launch(count_kept, 1, block_threads, 0, stream, job, scratch);
+    if (scratch.kept) launch(count_kept, 1, wide_threads, 0, stream, job, scratch);
     if (rows > 0) {
       if (scratch.states) launch_split_softmax<T>(job.logits, scratch.states, stream);
-      launch(align_rows<T>, rows, block_threads, 0, stream, job, scratch);
+      const int64_t copied = copied_spans<T>(job, scratch, where.device);
+      const int64_t shared_bytes = copied * wide_columns * static_cast<int64_t>(sizeof(T));
+      cudaFuncSetAttribute(align_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+      launch(align_rows<T>, rows, wide_threads, static_cast<size_t>(shared_bytes), stream, job, scratch, copied);
       if (scratch.slopes)
-        launch(write_gradient_of_spans<T>, rows * spans_of(job.logits.columns + width_of<T>), block_threads, 0, stream, job, scratch);
+        launch(write_gradient_of_spans<T>, rows * spans_of<wide_threads>(job.logits.columns + width_of<T>), wide_threads, 0, stream, job, scratch);
     }
-    if (job.losses[0] && job.reduction != Reduction::none) launch(reduce_losses, 1, block_threads, 0, stream, job, scratch);
+    if (job.losses[0] && job.reduction != Reduction::none) launch(reduce_losses, 1, wide_threads, 0, stream, job, scratch);
   });
 }
 

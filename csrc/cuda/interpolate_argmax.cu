@@ -4,7 +4,7 @@
 // The sums are known when every logit has been read, and then the logits are gone. But the winner's p_mix is at least
 // max(w_m, w_b), what the likeliest token of either component has from that component alone, so one of its two terms is at
 // least half of that: its logit in that component lies within log 2 of the component's largest. So the one pass over the logits
-// notes the tokens that lie so near the largest of their span (some ten in a span of 8192), and of those the winner is found.
+// notes the tokens that lie so near the largest of their span (some ten in a span of 4096), and of those the winner is found.
 // A span with more of them than there is room for (flat rows) is read a second time.
 //
 // Traffic: each logit is read from memory once, but for such spans; 76 bytes a span are written and read.
@@ -25,6 +25,7 @@ static_assert(span_columns <= 1 << 16);
 
 template <class T>
 __global__ void __launch_bounds__(block_threads) note_candidates(Mixture mixture, Noted* noted) {
+  let_next_kernel_start();
   float value[share_size];
   if (!load_span<T>(mixture, blockIdx.x, value)) return;
   uint32_t& count = shared<uint32_t>();
@@ -51,9 +52,13 @@ struct Best {
   }
 };
 
+constexpr int row_threads = 512;  // a warp for each of 16 lists at a time
+constexpr int lists_at_once = 4;  // of a warp: what it waits for is under way for all of them
+
 // A block a row.
 template <class T>
-__global__ void __launch_bounds__(block_threads) argmax_of_rows(InterpolateArgmax op, const Noted* noted) {
+__global__ void __launch_bounds__(row_threads) argmax_of_rows(InterpolateArgmax op, const Noted* noted) {
+  wait_for_kernel_before();
   const Mixture& mixture = op.mixture;
   const int64_t r = blockIdx.x, columns = mixture.base.columns, spans = spans_of(columns);
   const MixtureRow row = mixture_of_row(mixture, r, [&](int64_t i) { return noted[i].state; });
@@ -75,22 +80,37 @@ __global__ void __launch_bounds__(block_threads) argmax_of_rows(InterpolateArgma
     if (!mixed) return row.uses(base) ? z_base : z_memory;
     return fmaf(weight[memory], exponential(z_memory - row.of[memory].max), weight[base] * exponential(z_base - row.of[base].max));
   };
-  const auto in_play = [&](int c, float z) { return row.uses(c) && z - row.of[c].max > -near_the_top; };
+  const auto in_play = [&](int c, float z) {
+    return row.uses(c) && z - (c == base ? row.of[base].max : row.of[memory].max) > -near_the_top;
+  };
   Best best;
-  // A warp a span and component, a lane a token of its list.
+  // A warp a list, of a span and component; a lane a token of it.
+  const int64_t lists = spans * components, warps = row_threads / warp_size;
+  for (int64_t first = warp_of_thread(); first < lists; first += warps * lists_at_once) {
+    int64_t token[lists_at_once];  // −1: none
 #pragma unroll
-  for (int c = 0; c < components; ++c) {
-    if (!row.uses(c)) continue;
-    for (int64_t span = warp_of_thread(); span < spans; span += block_threads / warp_size) {
-      const Noted& list = noted[state_at(spans, r, span, c)];
-      if (list.count > most_noted || lane_of_thread() >= static_cast<int>(list.count) || !in_play(c, list.state.max)) continue;
-      const int64_t token = span * span_columns + list.column[lane_of_thread()];
-      if (!in_play(c, logit(c, token))) continue;
-      best = Best::merge(best, {score(logit(base, token), logit(memory, token)), static_cast<int32_t>(token)});
+    for (int i = 0; i < lists_at_once; ++i) {
+      const int64_t at = first + i * warps;
+      const int c = static_cast<int>(at % components);
+      token[i] = -1;
+      if (at >= lists || !row.uses(c)) continue;
+      const Noted& list = noted[state_at(spans, r, at / components, c)];
+      const int64_t column = list.column[lane_of_thread()];  // of which there may be fewer
+      const bool is_candidate = list.count <= most_noted && lane_of_thread() < static_cast<int>(list.count) && in_play(c, list.state.max);
+      if (is_candidate) token[i] = at / components * span_columns + column;
     }
+    float z[lists_at_once][components];
+#pragma unroll
+    for (int i = 0; i < lists_at_once; ++i)
+#pragma unroll
+      for (int c = 0; c < components; ++c) z[i][c] = token[i] >= 0 ? logit(c, token[i]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < lists_at_once; ++i)
+      if (token[i] >= 0 && (in_play(base, z[i][base]) || in_play(memory, z[i][memory])))
+        best = Best::merge(best, {score(z[i][base], z[i][memory]), static_cast<int32_t>(token[i])});
   }
-  // The whole block a span whose list did not suffice.
-  for (int64_t span = 0; span < spans; ++span) {
+  // A span whose list did not suffice: as many threads as it has shares.
+  for (int64_t span = 0; span < spans && threadIdx.x < block_threads; ++span) {
     bool again = false;
 #pragma unroll
     for (int c = 0; c < components; ++c) {
@@ -108,7 +128,7 @@ __global__ void __launch_bounds__(block_threads) argmax_of_rows(InterpolateArgma
       if (in_play(base, value[base][i]) || in_play(memory, value[memory][i]))
         best = Best::merge(best, {score(value[base][i], value[memory][i]), static_cast<int32_t>(column_of<T>(span, i))});
   }
-  best = reduce_block<block_threads>(best, Best::merge);
+  best = reduce_block<row_threads>(best, Best::merge);
   if (threadIdx.x == 0) op.tokens[r] = best.token;
 }
 
@@ -121,7 +141,7 @@ Status interpolate_argmax(const InterpolateArgmax& op, const Launch& where) {
     if (op.mixture.base.count == 0) return;
     auto* const noted = static_cast<Noted*>(where.workspace);
     launch(note_candidates<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, noted);
-    launch(argmax_of_rows<T>, op.mixture.base.count, block_threads, 0, stream, op, noted);
+    launch_early(argmax_of_rows<T>, op.mixture.base.count, row_threads, stream, op, noted);
   });
 }
 

@@ -9,6 +9,7 @@ namespace {
 // A warp a row, in float64 from the states on.
 template <class T>
 __global__ void __launch_bounds__(warp_size) log_prob_of_rows(InterpolateLogProb op, const Softmax<float>* states) {
+  wait_for_kernel_before();
   const int64_t r = blockIdx.x;
   const MixtureRow row = mixture_of_row(op.mixture, r, [&](int64_t i) { return states[i]; });
   if (threadIdx.x != 0) return;
@@ -36,7 +37,7 @@ Status interpolate_log_prob(const InterpolateLogProb& op, const Launch& where) {
     if (op.mixture.base.count == 0) return;
     auto* const states = static_cast<Softmax<float>*>(where.workspace);
     launch(reduce_spans<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, states);
-    launch(log_prob_of_rows<T>, op.mixture.base.count, warp_size, 0, stream, op, states);
+    launch_early(log_prob_of_rows<T>, op.mixture.base.count, warp_size, stream, op, states);
   });
 }
 

@@ -18,6 +18,7 @@ namespace {
 // Nothing warped: a block a span of the row that the coin picks.
 template <class T>
 __global__ void __launch_bounds__(block_threads) draw_from_spans(InterpolateSample op, Winner* winners) {
+  let_next_kernel_start();
   const int64_t columns = op.mixture.base.columns, spans = spans_of(columns), r = blockIdx.x / spans, span = blockIdx.x % spans;
   const uint64_t seed = seed_of(op, r), offset = offset_of(op, r);
   const double alpha = alpha_of(op.mixture, r);
@@ -36,6 +37,7 @@ __global__ void __launch_bounds__(block_threads) draw_from_spans(InterpolateSamp
 // Temperature only: a block a span of the mixture.
 template <class T>
 __global__ void __launch_bounds__(block_threads) draw_from_mixed_spans(InterpolateSample op, const Softmax<float>* states, Winner* winners) {
+  let_next_kernel_start();
   const int64_t spans = spans_of(op.mixture.base.columns), r = blockIdx.x / spans, span = blockIdx.x % spans;
   const float temperature = static_cast<float>(op.temperature);
   const MixtureRow row = mixture_of_row(op.mixture, r, [&](int64_t i) { return states[i]; });
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(block_threads) draw_from_mixed_spans(Interpola
 
 // A warp a row: the best of its spans.
 __global__ void __launch_bounds__(warp_size) pick_winners(InterpolateSample op, const Winner* winners) {
+  wait_for_kernel_before();
   const int64_t r = blockIdx.x, spans = spans_of(op.mixture.base.columns);
   Winner best;
   for (int64_t i = threadIdx.x; i < spans; i += warp_size) best = Winner::merge(best, winners[r * spans + i]);
@@ -127,7 +130,7 @@ Status interpolate_sample(const InterpolateSample& op, const Launch& where) {
     }
     if (scratch.states) launch(draw_from_mixed_spans<T>, blocks, block_threads, 0, stream, op, scratch.states, scratch.winners);
     else launch(draw_from_spans<T>, blocks, block_threads, 0, stream, op, scratch.winners);
-    launch(pick_winners, rows.count, warp_size, 0, stream, op, scratch.winners);
+    launch_early(pick_winners, rows.count, warp_size, stream, op, scratch.winners);
   });
 }
 

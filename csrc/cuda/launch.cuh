@@ -25,6 +25,41 @@ inline void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
 #endif
 }
 
+// The same for a kernel that begins with wait_for_kernel_before: its blocks may be started, from Hopper on, while the kernel that was
+// queued before it still runs, once every block of that has called let_next_kernel_start or is done.
+template <class... Parameters, class... Arguments>
+inline void launch_early(void (*kernel)(Parameters...), int64_t grid, int block, cudaStream_t stream, const Arguments&... arguments) {
+#if defined(__CUDACC__)
+  int device = 0, generation = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid <= INT32_MAX ? static_cast<unsigned>(grid) : 0u);
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = generation >= 9 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+#else
+  launch(kernel, grid, block, 0, stream, arguments...);
+#endif
+}
+
+// What that kernel wrote can be read afterwards. Every thread must call it.
+__device__ inline void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Makes the launch's device the current one for as long as this lives, and collects the error of what is done meanwhile.
 class OnDevice {
  public:
@@ -66,12 +101,6 @@ inline Status on_device(const Launch& launch, DType dtype, const char* argument,
     default: return {.code = Status::bad_dtype, .argument = argument, .got = static_cast<int64_t>(dtype)};
   }
   return device.status();
-}
-
-inline int64_t multiprocessors(int device) {
-  int count = 1;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 
 // Deals out a workspace, each part aligned; without memory (null) it only counts.

@@ -54,6 +54,7 @@ __device__ inline void reduce_span(const Mixture& mixture, int64_t i, Softmax<fl
 
 template <class T>
 __global__ void __launch_bounds__(block_threads) reduce_spans(Mixture mixture, Softmax<float>* states) {
+  let_next_kernel_start();
   reduce_span<T>(mixture, blockIdx.x, states);
 }
 

@@ -1,23 +1,24 @@
-// The online softmax of rows: (max, Σ exp(z − max)), for many rows and for few.
+// The online softmax of rows that one block reads from end to end: (max, Σ exp(z − max)), for many rows and for few.
 //
-// Many rows: a block a row. Few rows (decoding) would leave most of the device idle, so a first kernel gives a block to every
-// span of every row and leaves each thread's state of its share in the workspace; the op's own kernel then has a block a row
-// that takes these states instead of reading the row. Both merge the same states in the same order: the bits of a row do not
-// depend on how many rows there are.
+// Many rows: a block a row. Few rows would leave most of the device idle, so a first kernel gives a block to every span of every
+// row and leaves each thread's state of its share in the workspace; the op's own kernel then has a block a row that takes these
+// states instead of reading the row. Both merge the same states in the same order: the bits of a row do not depend on how many rows
+// there are.
 #pragma once
 
-#include "core/softmax.h"
-#include "cuda/reductions.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/spans.cuh"
 
 namespace memdec::cuda {
 namespace {
 
+constexpr int wide_threads = 384;  // of these blocks
+constexpr int64_t wide_columns = wide_threads * share_size;
+
 // Up to this many rows are split: about two blocks a multiprocessor of the largest devices.
 constexpr int64_t few_rows = 256;
 
-inline bool is_split(const Rows& rows) { return rows.count <= few_rows && rows.columns > span_columns; }
-inline int64_t split_states(const Rows& rows) { return is_split(rows) ? rows.count * spans_of(rows.columns) * block_threads : 0; }
+inline bool is_split(const Rows& rows) { return rows.count <= few_rows && rows.columns > wide_columns; }
+inline int64_t split_states(const Rows& rows) { return is_split(rows) ? rows.count * spans_of<wide_threads>(rows.columns) * wide_threads : 0; }
 
 __device__ inline Softmax<float> softmax_of_share(const float (&value)[share_size]) {
   Softmax<float> state;
@@ -27,41 +28,43 @@ __device__ inline Softmax<float> softmax_of_share(const float (&value)[share_siz
   const float shift = state.max == -INFINITY ? 0 : state.max;
   float sum[4] = {};
 #pragma unroll
-  for (int i = 0; i < share_size; ++i) sum[i % 4] += exponential(value[i] - shift);
+  for (int i = 0; i < share_size; ++i) sum[i % 4] += decay(value[i] - shift);
   state.sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   return state;
 }
 
 template <class T>
-__device__ inline Softmax<float> softmax_of_span(const T* row, int64_t columns, int64_t span) {
+__device__ inline Softmax<float> softmax_of_span(const T* row, int64_t columns, int64_t span, T* copy = nullptr) {
   float value[share_size];
-  load_share(row, columns, span, value);
+  load_share<wide_threads>(row, columns, span, value, 0, copy);
   return softmax_of_share(value);
 }
 
 // A block for every span of every row.
 template <class T>
-__global__ void __launch_bounds__(block_threads) split_softmax(Rows rows, Softmax<float>* states) {
-  const int64_t spans = spans_of(rows.columns), r = blockIdx.x / spans, span = blockIdx.x % spans;
-  states[int64_t{blockIdx.x} * block_threads + threadIdx.x] = softmax_of_span(row_of<const T>(rows, r), rows.columns, span);
+__global__ void __launch_bounds__(wide_threads) split_softmax(Rows rows, Softmax<float>* states) {
+  const int64_t spans = spans_of<wide_threads>(rows.columns), r = blockIdx.x / spans, span = blockIdx.x % spans;
+  states[int64_t{blockIdx.x} * wide_threads + threadIdx.x] = softmax_of_span(row_of<const T>(rows, r), rows.columns, span);
 }
 
 // Fills `states` for the kernel that follows, where the rows are few; without effect where they are many.
 template <class T>
 inline void launch_split_softmax(const Rows& rows, Softmax<float>* states, cudaStream_t stream) {
-  if (is_split(rows)) launch(split_softmax<T>, rows.count * spans_of(rows.columns), block_threads, 0, stream, rows, states);
+  if (is_split(rows)) launch(split_softmax<T>, rows.count * spans_of<wide_threads>(rows.columns), wide_threads, 0, stream, rows, states);
 }
 
-// The state of row r, known to every thread of its block. `states`: what split_softmax left, or null: the row is read.
+// The state of row r, known to every thread of its block. `states`: what split_softmax left, or null: the row is read, and its
+// first `copied` spans are stored in `copy`.
 template <class T>
-__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states) {
-  const int64_t spans = spans_of(rows.columns);
+__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states, T* copy = nullptr,
+                                                int64_t copied = 0) {
+  const int64_t spans = spans_of<wide_threads>(rows.columns);
   const T* const row = row_of<const T>(rows, r);
   Softmax<float> state;
   for (int64_t span = 0; span < spans; ++span)
-    state = merge(state, states ? states[(r * spans + span) * block_threads + threadIdx.x]
-                                : softmax_of_span(row, rows.columns, span));
-  return reduce_block<block_threads>(state, [](Softmax<float> a, Softmax<float> b) { return merge(a, b); });
+    state = merge(state, states ? states[(r * spans + span) * wide_threads + threadIdx.x]
+                                : softmax_of_span(row, rows.columns, span, span < copied ? copy : nullptr));
+  return reduce_block<wide_threads>(state, [](Softmax<float> a, Softmax<float> b) { return merge(a, b); });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace {
 // A block a span.
 template <class T>
 __global__ void __launch_bounds__(block_threads) reduce_spans_of_rows(Rows logits, Softmax<float>* states) {
+  let_next_kernel_start();
   const int64_t spans = spans_of(logits.columns), r = blockIdx.x / spans;
   float value[share_size];
   load_share(row_of<const T>(logits, r), logits.columns, blockIdx.x % spans, value);
@@ -19,6 +20,7 @@ __global__ void __launch_bounds__(block_threads) reduce_spans_of_rows(Rows logit
 // A warp a row.
 template <class T>
 __global__ void __launch_bounds__(warp_size) log_prob_of_rows(TokenLogProb op, const Softmax<float>* states) {
+  wait_for_kernel_before();
   const int64_t r = blockIdx.x, spans = spans_of(op.logits.columns);
   const Softmax<float> state = merged_by_warp(spans, [&](int64_t i) { return states[r * spans + i]; });
   if (threadIdx.x != 0) return;
@@ -40,7 +42,7 @@ Status token_log_prob(const TokenLogProb& op, const Launch& where) {
     if (op.logits.count == 0) return;
     auto* const states = static_cast<Softmax<float>*>(where.workspace);
     launch(reduce_spans_of_rows<T>, op.logits.count * spans_of(op.logits.columns), block_threads, 0, stream, op.logits, states);
-    launch(log_prob_of_rows<T>, op.logits.count, warp_size, 0, stream, op, states);
+    launch_early(log_prob_of_rows<T>, op.logits.count, warp_size, stream, op, states);
   });
 }
 

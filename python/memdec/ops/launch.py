@@ -12,6 +12,9 @@ from memdec import _C
 
 HAS_CUDA: bool = _C.build_info()["cuda"] != "off"
 
+# What an op on CUDA gets to work with unasked, in bytes: enough for a few rows, for which a call that only asks would show.
+SMALL_WORKSPACE = 1 << 16
+
 # The address of a device's current stream. A private name, in CUDA builds of torch since 1.11, and worth a microsecond
 # a call; without it the public way.
 _current_stream: Callable[[int], int] = getattr(
@@ -40,9 +43,10 @@ def run(op: Callable[..., int], device: torch.device, *arguments: Any) -> None:
         return
     index = device.index
     stream = _current_stream(index)
-    wanted = op(*arguments, (index, stream, 0, 0))
-    if wanted:
-        # Freed as this returns: the allocator gives it to nobody but what is queued on this stream later.
+    # Freed as this returns: the allocator gives it to nobody but what is queued on this stream later.
+    workspace = torch.empty(SMALL_WORKSPACE, dtype=torch.uint8, device=device)
+    wanted = op(*arguments, (index, stream, workspace.data_ptr(), SMALL_WORKSPACE))
+    if wanted:  # nothing has run yet
         workspace = torch.empty(wanted, dtype=torch.uint8, device=device)
         op(*arguments, (index, stream, workspace.data_ptr(), wanted))
 

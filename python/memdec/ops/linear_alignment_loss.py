@@ -24,6 +24,8 @@ WORKSPACE_SHARE = 10
 SMALLEST_WORKSPACE = 8 * 2**20
 # Columns of the weight gradient that are added up at a time where the product is in half precision.
 GRADIENT_COLUMNS = 4096
+# On CUDA, torch since 2.8 adds a product of half precision to a float32 matrix as it makes it.
+HAS_WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 class Gradients(NamedTuple):
@@ -204,6 +206,9 @@ class _Sums:
         if self.weight is not None:
             if self.weight.dtype == weight.dtype:
                 self.weight.addmm_(chunk.logits.t(), chunk.hidden)
+            elif weight.is_cuda and HAS_WIDE_SUMS:
+                factors = (chunk.logits.t(), chunk.hidden)
+                torch.addmm(self.weight, *factors, out_dtype=self.weight.dtype, out=self.weight)
             else:
                 for begin in range(0, weight.shape[0], GRADIENT_COLUMNS):
                     columns = slice(begin, begin + GRADIENT_COLUMNS)
