@@ -1,24 +1,26 @@
-// The online softmax of rows that one block reads from end to end: (max, Σ exp(z − max)), for many rows and for few.
+// The online softmax of rows that one cluster of blocks reads from end to end: (max, Σ exp(z − max)), for many rows and for few.
 //
-// Many rows: a block a row. Few rows would leave most of the device idle, so a first kernel gives a block to every span of every
-// row and leaves each thread's state of its share in the workspace; the op's own kernel then has a block a row that takes these
-// states instead of reading the row. Both merge the same states in the same order: the bits of a row do not depend on how many rows
-// there are.
+// Many rows: a cluster a row. Few rows of one block each would leave most of the device idle, so a first kernel gives a block to
+// every span of every row and leaves each thread's state of its share in the workspace; the op's own kernel then has a block a row
+// that takes these states instead of reading the row. Both merge the same states in the same order: the bits of a row do not depend
+// on how many rows there are.
 #pragma once
 
+#include "cuda/cluster.cuh"
 #include "cuda/spans.cuh"
 
 namespace memdec::cuda {
 namespace {
 
-constexpr int wide_threads = 384;  // of these blocks
+constexpr int wide_threads = 256;  // of these blocks
 constexpr int64_t wide_columns = wide_threads * share_size;
 
 // Up to this many rows are split: about two blocks a multiprocessor of the largest devices.
 constexpr int64_t few_rows = 256;
 
-inline bool is_split(const Rows& rows) { return rows.count <= few_rows && rows.columns > wide_columns; }
-inline int64_t split_states(const Rows& rows) { return is_split(rows) ? rows.count * spans_of<wide_threads>(rows.columns) * wide_threads : 0; }
+// `blocks`: of a cluster.
+inline bool is_split(const Rows& rows, int blocks) { return blocks == 1 && rows.count <= few_rows && rows.columns > wide_columns; }
+inline int64_t split_states(const Rows& rows) { return rows.count * spans_of<wide_threads>(rows.columns) * wide_threads; }
 
 __device__ inline Softmax<float> softmax_of_share(const float (&value)[share_size]) {
   Softmax<float> state;
@@ -47,24 +49,40 @@ __global__ void __launch_bounds__(wide_threads) split_softmax(Rows rows, Softmax
   states[int64_t{blockIdx.x} * wide_threads + threadIdx.x] = softmax_of_span(row_of<const T>(rows, r), rows.columns, span);
 }
 
-// Fills `states` for the kernel that follows, where the rows are few; without effect where they are many.
+// Fills `states` for the kernel that follows.
 template <class T>
 inline void launch_split_softmax(const Rows& rows, Softmax<float>* states, cudaStream_t stream) {
-  if (is_split(rows)) launch(split_softmax<T>, rows.count * spans_of<wide_threads>(rows.columns), wide_threads, 0, stream, rows, states);
+  launch(split_softmax<T>, rows.count * spans_of<wide_threads>(rows.columns), wide_threads, 0, stream, rows, states);
 }
 
-// The state of row r, known to every thread of its block. `states`: what split_softmax left, or null: the row is read, and its
-// first `copied` spans are stored in `copy`.
+// The spans of a row that are one block's: a row is cut among the blocks of a cluster.
+struct Part {
+  int64_t first;
+  int64_t end;
+};
+
+// The state of row r, known to every thread of its cluster, whose blocks each read a part. `states`: what split_softmax left, or
+// null: the row is read, and the part's first `copied` spans are stored in `copy`, of which each column has its own place.
 template <class T>
-__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states, T* copy = nullptr,
-                                                int64_t copied = 0) {
+__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states, Part part, T* copy,
+                                                int64_t copied) {
+  struct OfPart {
+    Softmax<float> state;
+  };
+  const auto merged = [](Softmax<float> a, Softmax<float> b) { return merge(a, b); };
   const int64_t spans = spans_of<wide_threads>(rows.columns);
   const T* const row = row_of<const T>(rows, r);
   Softmax<float> state;
-  for (int64_t span = 0; span < spans; ++span)
+  for (int64_t span = part.first; span < part.end; ++span)
     state = merge(state, states ? states[(r * spans + span) * wide_threads + threadIdx.x]
-                                : softmax_of_span(row, rows.columns, span, span < copied ? copy : nullptr));
-  return reduce_block<wide_threads>(state, [](Softmax<float> a, Softmax<float> b) { return merge(a, b); });
+                                : softmax_of_span(row, rows.columns, span, span - part.first < copied ? copy : nullptr));
+  state = reduce_block<wide_threads>(state, merged);
+  if (cluster_size() == 1) return state;
+  if (threadIdx.x == 0) shared<OfPart>().state = state;
+  sync_cluster();
+  state = shared_of<OfPart>(0).state;
+  for (unsigned rank = 1; rank < cluster_size(); ++rank) state = merge(state, shared_of<OfPart>(rank).state);
+  return state;
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include <functional>
 #include <source_location>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -31,13 +32,18 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrComputeCapabilityMajor };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrL2CacheSize ? 1 << 20 : 227 << 10;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrL2CacheSize: *value = 1 << 20; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+  }
   return cudaSuccess;
 }
 template <class Kernel>
@@ -58,10 +64,15 @@ namespace memdec::cuda::host {
 using Where = std::source_location;
 
 // Runs a kernel to its end; an error is left for cudaGetLastError, which cudaGetErrorString then tells in words.
-void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const std::function<void()>& thread);
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const std::function<void()>& thread,
+            unsigned cluster = 1);
 
 // Waits for all threads of the block.
 void wait_for_block(Where where);
+// Of the cluster that the block is in, and waits for all threads of it.
+unsigned cluster_rank();
+unsigned cluster_size();
+void wait_for_cluster(Where where);
 // Waits for the lanes in `mask`, and gives the value that lane `source` brought; of all lanes' truth values, for source −1, the bits.
 uint64_t exchange(unsigned mask, uint64_t value, int source, Where where);
 int lane();
@@ -71,12 +82,13 @@ int lane();
 class Shared {
  public:
   explicit Shared(size_t bytes) : bytes_(bytes) {}
-  void* of_this_block();
+  void resize(size_t bytes) { bytes_ = bytes; }
+  void* of_block(unsigned rank);  // in the cluster
 
  private:
   size_t bytes_;
-  uint64_t block_ = 0;
-  void* data_ = nullptr;
+  uint64_t generation_ = 0;
+  std::vector<void*> data_;
 };
 void* dynamic_shared();
 
@@ -95,7 +107,6 @@ T shuffle(unsigned mask, T value, int source, Where where) {
 // Where a default argument stands, source_location::current() is the line of the call.
 #define MEMDEC_WHERE memdec::cuda::host::Where where = memdec::cuda::host::Where::current()
 
-inline void __threadfence() {}
 inline void __syncthreads(MEMDEC_WHERE) { memdec::cuda::host::wait_for_block(where); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, MEMDEC_WHERE) { memdec::cuda::host::exchange(mask, 0, -1, where); }
 inline unsigned __ballot_sync(unsigned mask, bool vote, MEMDEC_WHERE) {
