@@ -35,8 +35,24 @@ def versions(out: Path) -> dict[str, Any]:
     return found
 
 
+def failures(text: str) -> list[str]:
+    """The tests that failed, once each: with their errors where pytest got as far as its summary, or as they came."""
+    found: dict[str, str] = {}
+    summary = re.compile(r"(?:\[gw\d+\] \[ *\d+%\] )?(FAILED|ERROR) (\S+::.+?)(?: - (.*))?")
+    as_it_came = re.compile(r"(\S+::.+?) (FAILED|ERROR)(?: +\[ *\d+%\])?")
+    for row in map(str.strip, text.splitlines()):
+        if match := summary.fullmatch(row):
+            word, test, error = match.groups()
+        elif match := as_it_came.fullmatch(row):
+            test, word, error = *match.groups(), None
+        else:
+            continue
+        found[test] = f"{word} {test} - {error}" if error else found.get(test, f"{word} {test}")
+    return list(found.values())
+
+
 def step(out: Path, name: str, status: int, seconds: int, log: Path) -> None:
-    """Append the step's line; print how it went, and the end of its log if it went wrong."""
+    """Append the step's line; print how it went, and if it went wrong which tests failed and the end of its log."""
     text = log.read_text(errors="replace")
     counts = re.findall(
         r"^.*\b\d+ (?:passed|failed|skipped|error|tests? collected).*$", text.rsplit("\n== ", 1)[-1], re.M
@@ -55,6 +71,11 @@ def step(out: Path, name: str, status: int, seconds: int, log: Path) -> None:
     word = "ok" if line["ok"] else "OUT OF TIME" if status == 124 else "FAILED" if status else "NOTHING RAN"
     print(f"{word} {seconds} s  {name}  {line['tests'] or ''}", flush=True)
     if not line["ok"]:
+        failed = failures(text)
+        for row in failed[:40]:
+            print("   ! " + row[:240], flush=True)
+        if len(failed) > 40:
+            print(f"   ! and {len(failed) - 40} more", flush=True)
         print("\n".join("   | " + row for row in text.splitlines()[-25:]), flush=True)
 
 

@@ -24,7 +24,9 @@ SITE=${MEMDEC_SITE:-$WORK/site} # where this build of memdec is installed; nothi
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton
 if [ $REHEARSE = yes ]; then DEVICE=cpu CUDA=off; else DEVICE=cuda CUDA=on; fi
-PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
+# A line a test: what ran out of time has told by then which failed. (pytest-benchmark warns once a worker.)
+PYTEST=("$PYTHON" -m pytest -v -rfEs --tb=short -p no:cacheprovider -p no:benchmark)
+BENCH=("$PYTHON" -m pytest -q -p no:cacheprovider)
 rm -f "$OUT"/{build,tests,sanitizers,bench}.log "$OUT"/{steps,bench}.jsonl
 
 # step NAME LOG SECONDS COMMAND…: runs it within its time and what is left of the whole, and notes how it went. Steps may run
@@ -95,12 +97,12 @@ if part bench; then
     interpolate_sample:30 linear_alignment_loss:45 search:45 token_log_prob:20 interpolate:30 training:40)
   [ $REHEARSE = yes ] && benches=(token_log_prob:120 decoding_step:60)
   for bench in "${benches[@]}"; do
-    step "bench ${bench%:*}" bench "${bench#*:}" "${PYTEST[@]}" -s "bench/bench_${bench%:*}.py" --device=$DEVICE \
+    step "bench ${bench%:*}" bench "${bench#*:}" "${BENCH[@]}" -s "bench/bench_${bench%:*}.py" --device=$DEVICE \
       --json-lines="$OUT/bench.jsonl"
   done
   [ $REHEARSE = yes ] || step "ncu of aggregate_neighbors" bench 40 ncu --clock-control none -k regex:rows_by_warps -c 1 \
     --section SpeedOfLight --section Occupancy --section LaunchStats \
-    "${PYTEST[@]}" bench/bench_aggregate_neighbors.py --device=cuda -k "float32 and uniform"
+    "${BENCH[@]}" bench/bench_aggregate_neighbors.py --device=cuda -k "float32 and uniform"
 fi
 
 "$PYTHON" bench/gpu/report.py table "$OUT"

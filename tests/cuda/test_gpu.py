@@ -197,10 +197,33 @@ def test_tensors_of_a_device_that_is_not_the_current_one(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_code_calls_the_kernels(name):
+    torch.compiler.reset()  # the function below is one piece of code to dynamo, which compiles it for eight ops at most
     a, b = draws(ROWS, VOCAB), draws(ROWS, VOCAB, seed=1)
     call = op_named(name)
     compiled = torch.compile(lambda a, b: call(a * 2, b) + 1, fullgraph=True)
     torch.testing.assert_close(compiled(a, b), call(a * 2, b) + 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_is_refused_and_not_read_as_something_else(name):
+    a, b = draws(ROWS, VOCAB), draws(ROWS, VOCAB, seed=1)
+    call = op_named(name)
+    with pytest.raises(TypeError, match=r"logits: got torch\.float64 on cuda:0, which is computed on the CPU only"):
+        call(a.double(), b.double())
+
+
+def test_the_reference_takes_float64_on_the_device():
+    """There it is the truth as on the CPU, which the tests of the ops count on."""
+    a, b, labels = draws(ROWS, VOCAB).double(), draws(ROWS, VOCAB, seed=1).double(), LABELS.cuda()
+    for there, here in (
+        (ops.reference.token_log_prob(a, labels), ops.reference.token_log_prob(a.cpu(), LABELS)),
+        (ops.reference.interpolate(a, b, 0.3), ops.reference.interpolate(a.cpu(), b.cpu(), 0.3)),
+        (
+            ops.reference.alignment_loss(a, labels, teacher()).total,
+            ops.reference.alignment_loss(a.cpu(), LABELS, teacher("cpu")).total,
+        ),
+    ):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=1e-12)
 
 
 def test_distributions_on_the_device_are_those_of_the_cpu():

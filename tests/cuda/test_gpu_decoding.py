@@ -92,14 +92,30 @@ def assert_same(model: MemoryModel, prompts: list[list[int]], got: list[Any], wa
         warnings.warn(f"{ties} of {len(prompts)} texts part at a near-tie", stacklevel=2)
 
 
+@pytest.fixture(scope="module")
+def composite() -> Callable[..., list[list[int]]]:
+    """greedy(…, decoding="composite"), once for the same model and prompts: its steps are the slowest thing here."""
+    known: dict[Any, list[list[int]]] = {}
+
+    def texts(model: MemoryModel, prompts: list[list[int]], tokens: int = TOKENS, **settings: Any) -> list[list[int]]:
+        key = (id(model), str((prompts, tokens, settings)))
+        if key not in known:
+            known[key] = greedy(model, padded(prompts), tokens, decoding="composite", **settings)
+        return known[key]
+
+    return texts
+
+
 @how_to
 @pytest.mark.parametrize("which", ["model", "strangers"])
-def test_greedy_is_the_composite_s(which: str, how: dict[str, Any], request: pytest.FixtureRequest) -> None:
+def test_greedy_is_the_composite_s(
+    which: str, how: dict[str, Any], composite: Callable[..., Any], request: pytest.FixtureRequest
+) -> None:
     """Left-padded batches of forty, twice, so that buffers and graphs are used again."""
     model = request.getfixturevalue(which)
     for seed in range(2):
         prompts = prompts_of(40, seed=seed)
-        wanted = greedy(model, padded(prompts), decoding="composite")
+        wanted = composite(model, prompts)
         assert_same(model, prompts, greedy(model, padded(prompts), **how), wanted)
         assert_captured(model)
     if how.get("draft_tokens") == 4 and which == "model":
@@ -140,12 +156,12 @@ def test_draws_are_those_of_the_uncaptured_engine(
 
 
 @how_to
-def test_end_of_text_inside_a_draft(model: MemoryModel, how: dict[str, Any]) -> None:
+def test_end_of_text_inside_a_draft(model: MemoryModel, how: dict[str, Any], composite: Callable[..., Any]) -> None:
     prompts = prompts_of(20, seed=6)
-    free = greedy(model, padded(prompts), decoding="composite")
+    free = composite(model, prompts)
     ends = sorted({text[i % 17] for i, text in enumerate(free)})[::3]
     settings = {"eos_token_id": ends, "pad_token_id": 1}
-    wanted = greedy(model, padded(prompts), decoding="composite", **settings)
+    wanted = composite(model, prompts, **settings)
     got = greedy(model, padded(prompts), **settings, **how)
     assert_same(model, prompts, got, wanted)
     assert len({text.index(1) if 1 in text else TOKENS for text in got}) > 4
@@ -153,20 +169,24 @@ def test_end_of_text_inside_a_draft(model: MemoryModel, how: dict[str, Any]) -> 
 
 @how_to
 @pytest.mark.parametrize("tokens", [1, 2, 6])
-def test_max_new_tokens_inside_a_draft(model: MemoryModel, how: dict[str, Any], tokens: int) -> None:
+def test_max_new_tokens_inside_a_draft(
+    model: MemoryModel, how: dict[str, Any], tokens: int, composite: Callable[..., Any]
+) -> None:
     prompts = prompts_of(8, seed=7)
     got = greedy(model, padded(prompts), tokens, **how)
-    assert_same(model, prompts, got, greedy(model, padded(prompts), tokens, decoding="composite"))
+    assert_same(model, prompts, got, composite(model, prompts, tokens))
     assert len(got[0]) == tokens
 
 
 @how_to
-def test_the_buffers_grow(model: MemoryModel, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_buffers_grow(
+    model: MemoryModel, how: dict[str, Any], composite: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rooms of 64 and 128 tokens, and of as many graphs."""
     monkeypatch.setattr(graphs, "ROOM", 16)
     graphs.forget(model)
     prompts = prompts_of(10, seed=9)
-    wanted = greedy(model, padded(prompts), 90, decoding="composite")
+    wanted = composite(model, prompts, 90)
     got = greedy(model, padded(prompts), 90, **how)
     assert_captured(model)
     assert sorted(rounds.room for rounds in graphs._KEPT[model].values()) == [64, 128]

@@ -183,7 +183,10 @@ def test_a_text_does_not_depend_on_how_much_is_drafted_at_a_time(device, on_cuda
     In float64 on the CPU. On CUDA a position has the same bits whatever stands beside it, so float32 will do.
     """
     texts, vocab = some(2000, on_host=8), VOCAB[2]
-    levels = [[x.to(device, torch.float32 if on_cuda else torch.float64) for x in pair] for pair in tree(2)]
+    dtype = torch.float32 if on_cuda else torch.float64
+    table = [torch.cat(rows).to(device, dtype) for rows in zip(*tree(2), strict=True)]  # of both models, all levels
+    sizes = torch.tensor([len(base) for base, _ in tree(2)], device=device)
+    starts = sizes.cumsum(0) - sizes
     seed = torch.arange(texts, device=device) * 31
     made = []
     for drafted in (0, 1, 2):
@@ -193,15 +196,7 @@ def test_a_text_does_not_depend_on_how_much_is_drafted_at_a_time(device, on_cuda
             place, drafts, base_rows, memory_rows = at, [], [], []
             for i in range(drafted + 1):
                 level = (made_here + i).clamp(max=2)
-                rows = [
-                    torch.stack(
-                        [
-                            levels[n][side][p % len(levels[n][side])]
-                            for n, p in zip(level.tolist(), place.tolist(), strict=True)
-                        ]
-                    )
-                    for side in (0, 1)
-                ]
+                rows = [logits[starts[level] + place % sizes[level]] for logits in table]
                 base_rows.append(rows[0])
                 memory_rows.append(rows[1])
                 if i < drafted:
@@ -258,6 +253,14 @@ def case(texts, gamma, vocab, dtype, seed=0, device="cpu"):
     return base.to(device), memory.to(device), drafts.to(device)
 
 
+def truth(base, memory, drafts, alpha, **settings):
+    """The reference in float64. On the CPU: it takes one position after the other, and would wait for a GPU at each."""
+    here = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in settings.items()}
+    alpha = alpha.cpu() if isinstance(alpha, torch.Tensor) else alpha
+    verified = reference.verify_draft(base.double().cpu(), memory.double().cpu(), drafts.cpu(), alpha, **here)
+    return reference.VerifiedDraft(*(x.to(base.device) for x in verified))
+
+
 @warpers
 @pytest.mark.parametrize(("texts", "gamma", "vocab"), [(40, 3, 7), (12, 2, 5000), (2, 4, 50257), (5, 0, 60)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -268,7 +271,7 @@ def test_the_reference_s_tokens(simd, device, dtype, texts, gamma, vocab, settin
     base, memory, drafts = case(texts, gamma, vocab, dtype, device=device)
     for alpha in (0.0, 0.4, torch.rand(texts, gamma + 1).double().to(device), 1.0):
         arguments = {"seed": 2**63 + 11, "offset": torch.arange(texts, device=device) * 2**33, **settings}
-        wanted = reference.verify_draft(base.double(), memory.double(), drafts, alpha, **arguments)
+        wanted = truth(base, memory, drafts, alpha, **arguments)
         got = ops.verify_draft(base, memory, drafts, alpha, **arguments)
         different = (got.num_accepted != wanted.num_accepted) | (got.next_token != wanted.next_token)
         assert int(different.sum()) <= (0 if dtype == torch.float64 else 1)
@@ -284,7 +287,7 @@ def test_ties_at_every_border(simd, device, dtype, settings):
     texts = some(60, on_host=24)
     base, memory = ((x / 2).round().to(dtype) for x in case(texts, 1, 150, torch.float64, device=device, seed=2)[:2])
     drafts = ops.interpolate_sample(memory[:, 0], memory[:, 0], 1.0, seed=9, **settings)[:, None]
-    wanted = reference.verify_draft(base.double(), memory.double(), drafts, 0.0, seed=9, **settings)
+    wanted = truth(base, memory, drafts, 0.0, seed=9, **settings)
     got = ops.verify_draft(base, memory, drafts, 0.0, seed=9, **settings)
     different = (got.num_accepted != wanted.num_accepted) | (got.next_token != wanted.next_token)
     assert int(different.sum()) <= (0 if dtype == torch.float64 else 1)
@@ -302,7 +305,7 @@ def test_greedy(simd, device, dtype):
     wanted = (drafts == likeliest[:, :-1]).long().cumprod(1).sum(1)
     assert torch.equal(got.num_accepted, wanted)
     assert torch.equal(got.next_token, likeliest.gather(1, wanted[:, None])[:, 0])
-    expected = reference.verify_draft(base.double(), memory.double(), drafts, alpha, greedy=True, seed=0)
+    expected = truth(base, memory, drafts, alpha, greedy=True, seed=0)
     assert torch.equal(expected.num_accepted, got.num_accepted) and torch.equal(expected.next_token, got.next_token)
 
 
@@ -355,9 +358,7 @@ def test_broken_rows(simd, device, fill, settings):
             else:
                 rows[broken][:, 1, 4500] = fill
             n, token = ops.verify_draft(rows["base"], rows["memory"], drafts, alpha, seed=1, **settings)
-            wanted = reference.verify_draft(
-                rows["base"].double(), rows["memory"].double(), drafts, alpha, seed=1, **settings
-            )
+            wanted = truth(rows["base"], rows["memory"], drafts, alpha, seed=1, **settings)
             assert int((n != wanted.num_accepted).sum() + (token != wanted.next_token).sum()) <= 1
             if alpha == unused:
                 assert (token >= 0).all()
@@ -389,7 +390,7 @@ def test_a_residual_without_mass(simd, device, settings):
     base[:, 1, 5] = -INF
     drafts[:, 0] = ops.interpolate_sample(base[:, 0], base[:, 0], 1.0, seed=6, **settings)
     drafts[:, 1] = 5
-    wanted = reference.verify_draft(base.double(), base.double(), drafts, 0.3, seed=6, **settings)
+    wanted = truth(base, base, drafts, 0.3, seed=6, **settings)
     got = ops.verify_draft(base, base, drafts, 0.3, seed=6, **settings)
     assert int((got.num_accepted != wanted.num_accepted).sum() + (got.next_token != wanted.next_token).sum()) <= 1
     if settings:
@@ -406,7 +407,7 @@ def test_a_residual_in_one_part_of_the_vocabulary(simd, device, first, settings)
     low[..., 8192:], high[..., :8192] = -INF, -INF
     base, memory = (low, high) if first == "base" else (high, low)
     drafts = ops.interpolate_sample(memory[:, 0], memory[:, 0], 1.0, seed=6, **settings)[:, None]
-    wanted = reference.verify_draft(base.double(), memory.double(), drafts, 0.5, seed=6, **settings)
+    wanted = truth(base, memory, drafts, 0.5, seed=6, **settings)
     got = ops.verify_draft(base, memory, drafts, 0.5, seed=6, **settings)
     assert int((got.num_accepted != wanted.num_accepted).sum() + (got.next_token != wanted.next_token).sum()) <= 1
     falls = got.num_accepted == 0
@@ -421,7 +422,7 @@ def test_a_nucleus_that_ends_among_equals(simd, device, top_p):
     memory, drafts = base.clone(), torch.zeros(texts, 1, dtype=torch.int64, device=device)
     memory[..., 0] = 5
     n, token = ops.verify_draft(base, memory, drafts, 0.0, seed=7, top_p=top_p)
-    wanted = reference.verify_draft(base.double(), memory.double(), drafts, 0.0, seed=7, top_p=top_p)
+    wanted = truth(base, memory, drafts, 0.0, seed=7, top_p=top_p)
     assert (n == 0).all() and torch.equal(token, wanted.next_token)
     assert int(token.min()) == math.floor((1 - top_p) * 9 + 1e-9)
 
@@ -485,7 +486,7 @@ def test_more_positions_than_are_at_work_at_once(device, settings):
     base, memory, drafts = case(some(45, on_host=23), 2, 9, torch.float32, device=device)
     long = [x.reshape(1, -1, 9)[:, :67] for x in (base, memory)]
     for b, m, d in ((base, memory, drafts), (*long, long[1][:, :-1].argmax(-1))):
-        wanted = reference.verify_draft(b.double(), m.double(), d, 0.6, seed=8, **settings)
+        wanted = truth(b, m, d, 0.6, seed=8, **settings)
         got = ops.verify_draft(b, m, d, 0.6, seed=8, **settings)
         assert int((got.num_accepted != wanted.num_accepted).sum() + (got.next_token != wanted.next_token).sum()) <= 1
 

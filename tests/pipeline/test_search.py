@@ -1,5 +1,6 @@
 """Exact and faiss search against brute force in float64, on keys that float16 holds exactly."""
 
+import importlib.util
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -305,7 +306,8 @@ def test_knn_probabilities_by_hand(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- faiss
 
-faiss = pytest.importorskip("faiss")
+# Of each test, not importorskip: that would skip the whole file.
+needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="needs faiss: pip install faiss-cpu")
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +321,7 @@ def clustered(tmp_path_factory):
     return write(tmp_path_factory.mktemp("store"), keys, torch.arange(2000) % 50, starts, shards=2)
 
 
+@needs_faiss
 @pytest.mark.parametrize(("backend", "least"), [("flat", 0.999), ("ivfflat", 0.95), ("ivfpq", 0.4)])
 @pytest.mark.parametrize("whole_documents", [False, True])
 def test_faiss_finds_what_exact_search_finds(clustered, tmp_path, backend, least, whole_documents):
@@ -344,6 +347,7 @@ def test_faiss_finds_what_exact_search_finds(clustered, tmp_path, backend, least
         assert torch.equal(distances, true_distances)
 
 
+@needs_faiss
 @pytest.mark.parametrize("backend", ["flat", "ivfflat", "ivfpq"])
 def test_a_reopened_index_finds_the_same(clustered, tmp_path, backend):
     built = build_index(clustered, tmp_path / "a", backend)
@@ -357,6 +361,7 @@ def test_a_reopened_index_finds_the_same(clustered, tmp_path, backend):
     assert (tmp_path / "a" / "index.faiss").read_bytes() == (tmp_path / "b" / "index.faiss").read_bytes()
 
 
+@needs_faiss
 def test_faiss_errors(clustered, tmp_path, monkeypatch):
     with pytest.raises(MemdecError, match="backend: got 'hnsw'"):
         build_index(clustered, tmp_path / "x", "hnsw")
@@ -382,6 +387,7 @@ def test_faiss_errors(clustered, tmp_path, monkeypatch):
         build_index(few, tmp_path / "z", "flat")
 
 
+@needs_faiss
 def test_small_corpora_can_be_indexed(tmp_path):
     store = write(tmp_path / "s", whole_numbers(60, 16, 0), torch.arange(60))
     index = build_index(store, tmp_path / "i", "ivfflat")

@@ -57,6 +57,7 @@ def aggregate_neighbors(
         ([2, 5], [0.3333333432674408, 0.6666666865348816])
     """
     checks.floats("distances", distances)
+    checks.kernels(distances=distances)
     checks.tensor("token_ids", token_ids)
     if token_ids.dtype not in checks.INTEGER_DTYPES:
         raise TypeError(f"token_ids: got {token_ids.dtype}, wanted int64 or int32")

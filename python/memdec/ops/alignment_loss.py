@@ -79,6 +79,7 @@ def alignment_loss(
                 [ 0.1250,  0.1250,  0.1250, -0.3750]])
     """
     checks.logits("logits", logits)
+    checks.kernels(logits=logits)
     checks.teacher(teacher, logits.shape[:-1].numel(), logits.shape[-1], logits.device)
     beta = checks.fraction("beta", beta)
     checks.reduction(reduction)

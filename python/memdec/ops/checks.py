@@ -25,13 +25,21 @@ DEBUG = os.environ.get("MEMDEC_DEBUG", "") not in ("", "0")
 
 
 def tensor(name: str, value: object) -> None:
-    """``value`` is a tensor on a device that has kernels."""
+    """``value`` is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: got a tensor of layout {value.layout}, wanted a dense one; convert with .to_dense()")
-    if not value.is_cpu:
-        check_device(name, value)
+
+
+def kernels(**values: Tensor) -> None:
+    """Each tensor, by its name, is on a device that has kernels, in a dtype that they compute there.
+
+    The other checks are shared with ``ops.reference``, which takes float64 on every device.
+    """
+    for name, value in values.items():
+        if not value.is_cpu:
+            check_device(name, value)
 
 
 def floats(name: str, value: Tensor) -> None:

@@ -48,6 +48,7 @@ def interpolate_sparse(
         tensor([[0.2500, 0.7500]])
     """
     checks.logits("base_logits", base_logits)
+    checks.kernels(base_logits=base_logits)
     shape = base_logits.shape
     checks.teacher(teacher, shape[:-1].numel(), shape[-1], base_logits.device)
     value, alphas = checks.alpha(alpha, base_logits)

@@ -117,6 +117,7 @@ def _check(
     """β as a float and the dtype that the products run in, or an error."""
     checks.logits("hidden", hidden)
     checks.logits("weight", weight)
+    checks.kernels(hidden=hidden, weight=weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, wanted (V, {hidden.shape[-1]}): a row a token, as wide as hidden"
@@ -124,6 +125,7 @@ def _check(
     checks.same_device("weight", weight, "hidden", hidden)
     if bias is not None:
         checks.floats("bias", bias)
+        checks.kernels(bias=bias)
         checks.same_device("bias", bias, "hidden", hidden)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, wanted ({weight.shape[0]},), one value a token")

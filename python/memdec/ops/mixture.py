@@ -64,4 +64,5 @@ def components(
 def checked(base_logits: Tensor, memory_logits: Tensor, alpha: float | Tensor) -> tuple[float, Tensor | None]:
     """Check the three arguments that the family has in common; α comes back as (number, None) or (0.0, tensor)."""
     checks.logits_pair(base_logits, memory_logits)
+    checks.kernels(base_logits=base_logits, memory_logits=memory_logits)
     return checks.alpha(alpha, base_logits)

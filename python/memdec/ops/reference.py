@@ -1,7 +1,7 @@
 """The ops in plain PyTorch: what each of them means, and the oracle that the kernels are tested against.
 
 Same names, arguments and edge cases as :mod:`memdec.ops`; nothing here is fast or frugal. Half precision is computed in
-float32; float64 in, float64 out, so ``op(x.double())`` is the truth for ``op(x)``.
+float32; float64 in, float64 out, on every device, so ``op(x.double())`` is the truth for ``op(x)``.
 """
 
 from __future__ import annotations

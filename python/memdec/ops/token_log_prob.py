@@ -42,6 +42,7 @@ def token_log_prob(
         tensor([-0.6931,  0.0000])
     """
     checks.logits("logits", logits)
+    checks.kernels(logits=logits)
     checks.tokens("targets", targets, logits.shape[:-1], logits)
     if is_traced(logits, targets):
         return cast(Tensor, torch.ops.memdec.token_log_prob(logits, targets.long())[0])

@@ -84,6 +84,7 @@ def verify_draft(
         VerifiedDraft(num_accepted=tensor([1]), next_token=tensor([0]))
     """
     alpha, alphas = reference.check_draft(base_logits, memory_logits, draft_ids, alpha, draft_lengths)
+    checks.kernels(base_logits=base_logits, memory_logits=memory_logits)
     temperature = checks.positive("temperature", temperature)
     checks.count("top_k", top_k)
     top_p, min_p = checks.fraction("top_p", top_p), checks.fraction("min_p", min_p)
