@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(wide_threads, blocks_at_once<T>) align_rows(Jo
   const Part part{rank * each, smaller((rank + 1) * each, spans)};
   const bool is_last = rank == blocks - 1;
   const T* const z = row_of<const T>(job.logits, r);
-  T* const copy = dynamic_shared<T>() - part.first * wide_columns;
+  const Copy<T> copy(z, part, copied);
   // The columns of the gradient that are this block's, moved down by the lead as its shares are.
   T* const grad = job.grad.data ? row_of<T>(job.grad, r) : nullptr;
   const int64_t lead = lead_of(grad), from = part.first * wide_columns - lead, to = is_last ? columns : part.end * wide_columns - lead;
@@ -206,8 +206,9 @@ __global__ void __launch_bounds__(wide_threads, blocks_at_once<T>) align_rows(Jo
   Slope slope{0, 0, 0, false, true};
   Sums sums{};
   if (!ignored) {
+    copy.begin(z, columns, part);
     state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]}
-                          : softmax_of_row<T>(job.logits, r, scratch.states, part, copy, copied);
+                          : softmax_of_row<T>(job.logits, r, scratch.states, part, copy);
     sums = sums_of_row(job, z, target, state);
     if (grad) slope = corrections(job, scratch, z, target, state, sums, weight_of_row(job, scratch, r), from, to);
   }
@@ -224,8 +225,9 @@ __global__ void __launch_bounds__(wide_threads, blocks_at_once<T>) align_rows(Jo
     return;
   }
   for (int64_t span = part.first; span < (is_last ? spans_of<wide_threads>(columns + lead) : part.end); ++span) {
-    const bool is_copied = span - part.first < copied && span < part.end && (span > part.first || rank == 0 || lead == 0);
-    write_slope(is_copied ? copy : z, grad, columns, span, slope);
+    // Moved down further than the copy's vectors reach, the first span is not all in it.
+    const bool is_copied = span - part.first < copy.spans && (span > part.first || rank == 0 || lead <= lead_of(z));
+    write_slope(is_copied ? copy.column : z, grad, columns, span, slope);
   }
   __syncthreads();  // the slope is written, and can be written over
   if (!ignored) write_entries(job, scratch, grad, target, slope, from, to);
@@ -284,8 +286,8 @@ Plan plan_of(const Job& job, int device) {
   Plan plan{1, false, 0, 0};
   if (is_hopper_or_later()) plan.blocks = static_cast<int>(smaller(most_blocks, (spans + room - 1) / room));
   plan.split = is_split(job.logits, plan.blocks);
-  if (job.grad.data && !job.known_max && !plan.split) plan.copied = smaller(room, (spans + plan.blocks - 1) / plan.blocks);
-  plan.shared_bytes = static_cast<size_t>(plan.copied * span_bytes);
+  if (!job.known_max && !plan.split) plan.copied = smaller(room, (spans + plan.blocks - 1) / plan.blocks);
+  plan.shared_bytes = static_cast<size_t>(Copy<T>::bytes(plan.copied));
   return plan;
 }
 

@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(row_threads) argmax_of_rows(InterpolateArgmax 
   Best best;
   // A warp a list, of a span and component; a lane a token of it.
   const int64_t lists = spans * components, warps = row_threads / warp_size;
+  uint32_t is_missing = 0;  // a list that may hold the winner and did not suffice
   for (int64_t first = warp_of_thread(); first < lists; first += warps * lists_at_once) {
     int64_t token[lists_at_once];  // −1: none
 #pragma unroll
@@ -96,8 +97,9 @@ __global__ void __launch_bounds__(row_threads) argmax_of_rows(InterpolateArgmax 
       if (at >= lists || !row.uses(c)) continue;
       const Noted& list = noted[state_at(spans, r, at / components, c)];
       const int64_t column = list.column[lane_of_thread()];  // of which there may be fewer
-      const bool is_candidate = list.count <= most_noted && lane_of_thread() < static_cast<int>(list.count) && in_play(c, list.state.max);
-      if (is_candidate) token[i] = at / components * span_columns + column;
+      if (!in_play(c, list.state.max)) continue;
+      is_missing |= list.count > most_noted;
+      if (lane_of_thread() < static_cast<int>(list.count)) token[i] = at / components * span_columns + column;
     }
     float z[lists_at_once][components];
 #pragma unroll
@@ -110,7 +112,8 @@ __global__ void __launch_bounds__(row_threads) argmax_of_rows(InterpolateArgmax 
         best = Best::merge(best, {score(z[i][base], z[i][memory]), static_cast<int32_t>(token[i])});
   }
   // A span whose list did not suffice: as many threads as it has shares.
-  for (int64_t span = 0; span < spans && threadIdx.x < block_threads; ++span) {
+  is_missing = reduce_block<row_threads>(is_missing, [](uint32_t a, uint32_t b) { return a | b; });
+  for (int64_t span = 0; is_missing && span < spans && threadIdx.x < block_threads; ++span) {
     bool again = false;
 #pragma unroll
     for (int c = 0; c < components; ++c) {

@@ -43,11 +43,9 @@ __device__ inline void for_each_vector(int64_t span, int64_t lead, const F& f) {
 }
 
 // This thread's share of a span of a row, −inf beyond its end. With a lead, the columns of all shares are moved down by it
-// (some below 0, which are no columns): the writer's way to aligned stores, see store_share. `copy`, an aligned
-// row, gets the same elements.
+// (some below 0, which are no columns): the writer's way to aligned stores, see store_share.
 template <int threads = block_threads, class T>
-__device__ inline void load_share(const T* row, int64_t columns, int64_t span, float (&value)[share_size], int64_t lead = 0,
-                                  T* copy = nullptr) {
+__device__ inline void load_share(const T* row, int64_t columns, int64_t span, float (&value)[share_size], int64_t lead = 0) {
   constexpr int w = width_of<T>;
   const auto load_all = [&](auto load, int64_t below, int64_t above) {
     // Columns from `below` up to `above` short of the end can be read as whole vectors.
@@ -55,7 +53,6 @@ __device__ inline void load_share(const T* row, int64_t columns, int64_t span, f
     if (begin >= below && end + above <= columns) {
       uint4 raw[share_size / w];  // all loads are under way before the first value is used
       for_each_vector<T, threads>(span, lead, [&](int v, int64_t c) { raw[v] = load(row + c); });
-      if (copy) for_each_vector<T, threads>(span, lead, [&](int v, int64_t c) { store_aligned(copy + c, raw[v]); });
       for_each_vector<T, threads>(span, lead, [&](int v, int64_t) { unpack(T{}, raw[v], value + v * w); });
       return;
     }
@@ -66,7 +63,6 @@ __device__ inline void load_share(const T* row, int64_t columns, int64_t span, f
 #pragma unroll
         for (int i = 0; i < w; ++i) value[v * w + i] = c + i >= 0 && c + i < columns ? widened(row[c + i]) : -INFINITY;
       }
-      if (copy) store_aligned(copy + c, pack(T{}, value + v * w));
     });
   };
   if (is_aligned(row - lead)) {

@@ -36,9 +36,9 @@ __device__ inline Softmax<float> softmax_of_share(const float (&value)[share_siz
 }
 
 template <class T>
-__device__ inline Softmax<float> softmax_of_span(const T* row, int64_t columns, int64_t span, T* copy = nullptr) {
+__device__ inline Softmax<float> softmax_of_span(const T* row, int64_t columns, int64_t span) {
   float value[share_size];
-  load_share<wide_threads>(row, columns, span, value, 0, copy);
+  load_share<wide_threads>(row, columns, span, value);
   return softmax_of_share(value);
 }
 
@@ -61,11 +61,50 @@ struct Part {
   int64_t end;
 };
 
-// The state of row r, known to every thread of its cluster, whose blocks each read a part. `states`: what split_softmax left, or
-// null: the row is read, and the part's first `copied` spans are stored in `copy`, of which each column has its own place.
+// The spans of a part that its block keeps in shared memory: column c of the row is at [c]. What comes in the way of 16-byte vectors
+// comes with them, so the copy's addresses are as aligned as the row's.
 template <class T>
-__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states, Part part, T* copy,
-                                                int64_t copied) {
+struct Copy {
+  T* column;
+  int64_t spans;  // how many, from the part's first on
+
+  // Room for so many spans, and what comes with them.
+  static constexpr int64_t bytes(int64_t spans) { return spans == 0 ? 0 : spans * wide_columns * static_cast<int64_t>(sizeof(T)) + 32; }
+
+  __device__ Copy(const T* row, Part part, int64_t spans)
+      : column(dynamic_shared<T>() + lead_of(row) - part.first * wide_columns), spans(smaller(spans, part.end - part.first)) {}
+
+  // Begins to copy the row, a group a span.
+  __device__ void begin(const T* row, int64_t columns, Part part) const {
+    constexpr int w = width_of<T>;
+    const int64_t lead = lead_of(row);
+    const auto vector = [&](int64_t c) {
+      if (c >= 0 && c + w <= columns) {
+        copy_behind(column + c, row + c);
+      } else {
+        for (int i = 0; i < w; ++i)
+          if (c + i >= 0 && c + i < columns) column[c + i] = row[c + i];
+      }
+    };
+    for (int64_t span = part.first; span < part.first + spans; ++span) {
+      for_each_vector<T, wide_threads>(span, lead, [&](int, int64_t c) { vector(c); });
+      if (span + 1 == part.first + spans && lead > 0 && threadIdx.x == 0) vector((span + 1) * wide_columns - lead);
+      end_group();
+    }
+  }
+
+  // Span number i from the part's first is there. Every thread must call it.
+  __device__ void wait_for(int64_t i) const {
+    wait_for_groups(larger(0, spans - i - 2));  // a span's last columns come with the next one
+    __syncthreads();
+  }
+};
+
+// The state of row r, known to every thread of its cluster, whose blocks each read a part. `states`: what split_softmax left, or
+// null: the row is read, what of it is copied from the copy.
+template <class T>
+__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states, Part part,
+                                                const Copy<T>& copy) {
   struct OfPart {
     Softmax<float> state;
   };
@@ -73,9 +112,12 @@ __device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, con
   const int64_t spans = spans_of<wide_threads>(rows.columns);
   const T* const row = row_of<const T>(rows, r);
   Softmax<float> state;
-  for (int64_t span = part.first; span < part.end; ++span)
+  for (int64_t span = part.first; span < part.end; ++span) {
+    const bool is_copied = span - part.first < copy.spans;
+    if (is_copied) copy.wait_for(span - part.first);
     state = merge(state, states ? states[(r * spans + span) * wide_threads + threadIdx.x]
-                                : softmax_of_span(row, rows.columns, span, span - part.first < copied ? copy : nullptr));
+                                : softmax_of_span(is_copied ? copy.column : row, rows.columns, span));
+  }
   state = reduce_block<wide_threads>(state, merged);
   if (cluster_size() == 1) return state;
   if (threadIdx.x == 0) shared<OfPart>().state = state;

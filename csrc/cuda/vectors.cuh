@@ -118,5 +118,37 @@ __device__ inline void store_aligned(T* address, uint4 vector) {
   *reinterpret_cast<uint4*>(address) = vector;
 }
 
+// Copies sixteen bytes to shared memory, both aligned, while the thread goes on. end_group closes a group of a thread's copies.
+template <class T>
+__device__ inline void copy_behind(T* to_shared, const T* from) {
+#if defined(__CUDA_ARCH__)
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+#else
+  store_aligned(to_shared, load_aligned(from));
+#endif
+}
+__device__ inline void end_group() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most so many of the thread's last groups are on the way; more than 7 count as 7.
+__device__ inline void wait_for_groups(int64_t on_the_way) {
+#if defined(__CUDA_ARCH__)
+  switch (on_the_way) {
+    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+    case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
+    case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
+    case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 7;" ::: "memory");
+  }
+#endif
+}
+
 }  // namespace
 }  // namespace memdec::cuda

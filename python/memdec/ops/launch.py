@@ -12,7 +12,7 @@ from memdec import _C
 
 HAS_CUDA: bool = _C.build_info()["cuda"] != "off"
 
-# What an op on CUDA gets to work with unasked, in bytes: enough for a few rows, for which a call that only asks would show.
+# What an op on CUDA gets to work with unasked, in bytes: enough for a few rows, where a call that only asks would show.
 SMALL_WORKSPACE = 1 << 16
 
 # The address of a device's current stream. A private name, in CUDA builds of torch since 1.11, and worth a microsecond
