@@ -25,7 +25,7 @@ namespace {
 template <class T>
 constexpr int blocks_at_once = sizeof(T) == 4 ? 2 : 3;
 
-constexpr int64_t most_blocks = 8;  // of a cluster, that every device with clusters has
+constexpr int64_t most_blocks = 1;  // of a cluster, that every device with clusters has
 
 // What is common to AlignmentLoss and AlignmentGradient.
 struct Job {
