@@ -220,6 +220,10 @@ PYBIND11_MODULE(_C, m) {
         launch);
   });
 
+  m.def("scale_rows", [](const Rows& rows, uintptr_t factors, int64_t factors_stride, const Launch& launch) {
+    return run("scale_rows", memdec::scale_rows, {.rows = rows, .factors = pointer(factors), .factors_stride = factors_stride}, launch);
+  });
+
   m.def("aggregate_neighbors", [](const Rows& distances, uintptr_t token_ids, int64_t token_ids_stride, bool wide_ids, double temperature,
                                   int64_t vocab_size, double min_prob, int64_t max_tokens, uintptr_t out_indptr, uintptr_t out_ids,
                                   uintptr_t out_probs, uintptr_t residual, uintptr_t pairs, const Launch& launch) {

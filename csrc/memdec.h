@@ -127,6 +127,14 @@ struct AlignmentGradient {
 };
 Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);
 
+// rows[r] *= factors[r · factors_stride], in place. A row whose factor is 1 is neither read nor written.
+struct ScaleRows {
+  Rows rows;
+  const void* factors;     // of the rows' accumulator
+  int64_t factors_stride;  // elements: 0 or 1
+};
+Status scale_rows(const ScaleRows& op, const Launch& launch);
+
 // q(v) ∝ Σ 1[v = token]·exp(−distance / temperature) over the k neighbours of each row, as sorted sparse rows. Token −1 or
 // distance +inf: no neighbour. The pairs of all rows are written one row after the other, out_indptr[N] in all.
 struct AggregateNeighbors {
@@ -302,6 +310,7 @@ Status alignment_loss(const AlignmentLoss& op, const Launch& launch);
 int64_t workspace_bytes(const AlignmentLoss& op);
 Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);
 int64_t workspace_bytes(const AlignmentGradient& op);
+Status scale_rows(const ScaleRows& op, const Launch& launch);
 Status interpolate(const Interpolate& op, const Launch& launch);
 int64_t workspace_bytes(const Interpolate& op);
 Status interpolate_argmax(const InterpolateArgmax& op, const Launch& launch);

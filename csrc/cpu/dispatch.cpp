@@ -1,8 +1,8 @@
 // Chooses the SIMD level, once, and sends each op to the kernels of that level.
-#include <initializer_list>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "memdec.h"
@@ -101,6 +101,7 @@ MEMDEC_CPU_OP(aggregate_neighbors, AggregateNeighbors)
 MEMDEC_CPU_OP(token_log_prob, TokenLogProb)
 MEMDEC_CPU_OP(alignment_loss, AlignmentLoss)
 MEMDEC_CPU_OP(alignment_gradient, AlignmentGradient)
+MEMDEC_CPU_OP(scale_rows, ScaleRows)
 MEMDEC_CPU_OP(topk_filter_prepare, TopkFilterPrepare)
 MEMDEC_CPU_OP(topk_filter_refine, TopkFilterRefine)
 MEMDEC_CPU_OP(topk_filter_select, TopkFilterSelect)

@@ -13,9 +13,8 @@
 // the second-level cache, and writes it.
 // The separate backward pass reads once and writes once. Beside that 4 bytes an entry go through the workspace.
 //
-// Many rows: a cluster of blocks a row, from end to end, as many as it takes to keep the row in their shared memory. Before Hopper a
-// block a row; there the spans of few rows are reduced first (softmax.cuh), then a block a row makes the losses and the corrections,
-// then a block a span writes the gradient.
+// Many rows: a block a row, from end to end. Few rows: their spans are reduced first (softmax.cuh), then a block a row makes the
+// losses and the corrections, then a block a span writes the gradient.
 #include "cuda/softmax.cuh"
 
 namespace memdec::cuda {
@@ -24,8 +23,6 @@ namespace {
 // Blocks that a multiprocessor must hold at once. More is the compiler's own aim, and it spills registers for it.
 template <class T>
 constexpr int blocks_at_once = sizeof(T) == 4 ? 2 : 3;
-
-constexpr int64_t most_blocks = 1;  // of a cluster, that every device with clusters has
 
 // What is common to AlignmentLoss and AlignmentGradient.
 struct Job {
@@ -63,8 +60,8 @@ struct Scratch {
   Slope* slopes;           // (N,) of split rows
 };
 
-Scratch scratch_of(const Job& job, bool split, Parts& parts) {
-  const bool reduced = job.losses[0] && job.reduction != Reduction::none;
+Scratch scratch_of(const Job& job, Parts& parts) {
+  const bool split = is_split(job.logits), reduced = job.losses[0] && job.reduction != Reduction::none;
   Scratch scratch{};
   if (split && !job.known_max) scratch.states = parts.take<Softmax<float>>(split_states(job.logits));
   if (job.reduction == Reduction::mean) scratch.kept = parts.take<int64_t>(1);
@@ -133,16 +130,16 @@ __device__ inline Sums sums_of_row(const Job& job, const T* z, const Target& tar
   return reduce_block<wide_threads>(sums, Sums::merge);
 }
 
-// The row's slope, and its gradient at the teacher's entries in columns [from, to); reads of z all that write_entries will overwrite.
+// The row's slope, and its gradient at the teacher's entries; reads of z all that write_entries will overwrite.
 template <class T>
 __device__ inline Slope corrections(const Job& job, const Scratch& scratch, const T* z, const Target& target, Softmax<float> state,
-                                    const Sums& sums, float weight, int64_t from, int64_t to) {
+                                    const Sums& sums, float weight) {
   const float pull = weight * job.beta, label_pull = weight * (1 - job.beta);
   Slope slope{state.max, weight * (job.beta * sums.mass + (1 - job.beta)) / state.sum, 0, sums.has_label != 0, false};
   if (!target.label_is_known) slope.scale = NAN;
   for (int64_t i = target.begin + threadIdx.x; i < target.end; i += wide_threads) {
     const int32_t id = job.teacher.ids[i];
-    if (!is_token(job, id) || id < from || id >= to) continue;
+    if (!is_token(job, id)) continue;
     const float p = exponential(widened(z[id]) - slope.max) * slope.scale;
     scratch.corrected[i] = (p - pull * job.teacher.probs[i]) - (id == target.label ? label_pull : 0);
   }
@@ -186,51 +183,40 @@ __device__ inline void write_losses(const Job& job, const Scratch& scratch, int6
   }
 }
 
-// A cluster a row: its losses, and its gradient, or (where rows are split) what write_gradient_of_spans needs for it. The first
-// `copied` spans of each block's part fit into its shared memory.
+// A block a row, whose first `copied` spans fit into shared memory: its losses, and its gradient, or (where rows are split) what
+// write_gradient_of_spans needs for it.
 template <class T>
 __global__ void __launch_bounds__(wide_threads, blocks_at_once<T>) align_rows(Job job, Scratch scratch, int64_t copied) {
-  const int64_t rank = cluster_rank(), blocks = cluster_size(), r = blockIdx.x / blocks;
-  const int64_t columns = job.logits.columns, spans = spans_of<wide_threads>(columns), each = (spans + blocks - 1) / blocks;
-  const Part part{rank * each, smaller((rank + 1) * each, spans)};
-  const bool is_last = rank == blocks - 1;
+  const int64_t r = blockIdx.x, columns = job.logits.columns;
   const T* const z = row_of<const T>(job.logits, r);
-  const Copy<T> copy(z, part, copied);
-  // The columns of the gradient that are this block's, moved down by the lead as its shares are.
-  T* const grad = job.grad.data ? row_of<T>(job.grad, r) : nullptr;
-  const int64_t lead = lead_of(grad), from = part.first * wide_columns - lead, to = is_last ? columns : part.end * wide_columns - lead;
-
+  const Copy<T> copy(z, copied);
   const Target target = target_of_row(job, r);
   const bool ignored = target.label == job.ignore_index;
   Softmax<float> state{0, 0};
   Slope slope{0, 0, 0, false, true};
-  Sums sums{};
-  if (!ignored) {
-    copy.begin(z, columns, part);
-    state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]}
-                          : softmax_of_row<T>(job.logits, r, scratch.states, part, copy);
-    sums = sums_of_row(job, z, target, state);
-    if (grad) slope = corrections(job, scratch, z, target, state, sums, weight_of_row(job, scratch, r), from, to);
+  if (ignored) {
+    if (threadIdx.x == 0) write_losses(job, scratch, r, 0, 0);
+  } else {
+    copy.begin(z, columns);
+    state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]} : softmax_of_row<T>(job.logits, r, scratch.states, copy);
+    const Sums sums = sums_of_row(job, z, target, state);
+    if (threadIdx.x == 0)
+      write_losses(job, scratch, r, sums.kl, target.label_is_known ? -state.log_prob(widened(z[target.label])) : NAN);
+    if (job.grad.data) slope = corrections(job, scratch, z, target, state, sums, weight_of_row(job, scratch, r));
   }
-  if (rank == 0 && threadIdx.x == 0) {
-    const bool has_loss = !ignored && target.label_is_known;
-    write_losses(job, scratch, r, sums.kl, ignored ? 0 : has_loss ? -state.log_prob(widened(z[target.label])) : NAN);
-    if (job.max) job.max[r] = state.max;
-    if (job.sum) job.sum[r] = state.sum;
-  }
-  sync_cluster();  // every thread has read the logits that it needs from others' columns, and other blocks' shared memory
-  if (!grad) return;
+  if (threadIdx.x == 0 && job.max) job.max[r] = state.max;
+  if (threadIdx.x == 0 && job.sum) job.sum[r] = state.sum;
+  if (!job.grad.data) return;
   if (scratch.slopes) {
     if (threadIdx.x == 0) scratch.slopes[r] = slope;
     return;
   }
-  for (int64_t span = part.first; span < (is_last ? spans_of<wide_threads>(columns + lead) : part.end); ++span) {
-    // Moved down further than the copy's vectors reach, the first span is not all in it.
-    const bool is_copied = span - part.first < copy.spans && (span > part.first || rank == 0 || lead <= lead_of(z));
-    write_slope(is_copied ? copy.column : z, grad, columns, span, slope);
-  }
+  T* const grad = row_of<T>(job.grad, r);
+  __syncthreads();  // every thread has read the logits that it needs from others' columns
+  for (int64_t span = 0; span < spans_of<wide_threads>(columns + lead_of(grad)); ++span)
+    write_slope(span < copy.spans ? copy.column : z, grad, columns, span, slope);
   __syncthreads();  // the slope is written, and can be written over
-  if (!ignored) write_entries(job, scratch, grad, target, slope, from, to);
+  if (!ignored) write_entries(job, scratch, grad, target, slope, 0, columns);
 }
 
 // A block a span of the split rows' gradients.
@@ -268,27 +254,14 @@ __global__ void __launch_bounds__(wide_threads) reduce_losses(Job job, Scratch s
   *job.losses[2] = ce;
 }
 
-// How the rows are dealt out.
-struct Plan {
-  int blocks;      // of a cluster
-  bool split;      // few rows, of a block each
-  int64_t copied;  // spans that a block keeps in shared memory from its reading to the writing of the gradient
-  size_t shared_bytes;
-};
-
+// The spans of a row that a block keeps in shared memory.
 template <class T>
-Plan plan_of(const Job& job, int device) {
+int64_t copied_spans(const Job& job, const Scratch& scratch, int device) {
+  if (job.known_max || scratch.states) return 0;  // they are read once
   constexpr int64_t span_bytes = wide_columns * static_cast<int64_t>(sizeof(T));
   int most = 0;
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int64_t spans = spans_of<wide_threads>(job.logits.columns);
-  const int64_t room = (most / blocks_at_once<T> - 1536) / span_bytes;  // what a block takes beside it is less
-  Plan plan{1, false, 0, 0};
-  if (is_hopper_or_later()) plan.blocks = static_cast<int>(smaller(most_blocks, (spans + room - 1) / room));
-  plan.split = is_split(job.logits, plan.blocks);
-  if (!job.known_max && !plan.split) plan.copied = smaller(room, (spans + plan.blocks - 1) / plan.blocks);
-  plan.shared_bytes = static_cast<size_t>(Copy<T>::bytes(plan.copied));
-  return plan;
+  return smaller(spans_of<wide_threads>(job.logits.columns), (most / blocks_at_once<T> - 1536) / span_bytes);  // what else a block takes is less
 }
 
 Job job_of(const AlignmentLoss& op) {
@@ -327,21 +300,21 @@ Job job_of(const AlignmentGradient& op) {
 
 int64_t bytes_of(const Job& job) {
   Parts parts(nullptr);
-  scratch_of(job, is_split(job.logits, 1), parts);
+  scratch_of(job, parts);
   return parts.bytes();
 }
 
 Status run(const Job& job, const Launch& where) {
   return on_device(where, job.logits.dtype, "logits", [&]<class T>(T, cudaStream_t stream) {
-    const Plan plan = plan_of<T>(job, where.device);
     Parts parts(where.workspace);
-    const Scratch scratch = scratch_of(job, plan.split, parts);
+    const Scratch scratch = scratch_of(job, parts);
     const int64_t rows = job.logits.count;
     if (scratch.kept) launch(count_kept, 1, wide_threads, 0, stream, job, scratch);
     if (rows > 0) {
       if (scratch.states) launch_split_softmax<T>(job.logits, scratch.states, stream);
-      cudaFuncSetAttribute(align_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
-      launch_clusters(plan.blocks, align_rows<T>, rows * plan.blocks, wide_threads, plan.shared_bytes, stream, job, scratch, plan.copied);
+      const int64_t copied = copied_spans<T>(job, scratch, where.device), shared_bytes = Copy<T>::bytes(copied);
+      cudaFuncSetAttribute(align_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+      launch(align_rows<T>, rows, wide_threads, static_cast<size_t>(shared_bytes), stream, job, scratch, copied);
       if (scratch.slopes)
         launch(write_gradient_of_spans<T>, rows * spans_of<wide_threads>(job.logits.columns + width_of<T>), wide_threads, 0, stream, job,
                scratch);

@@ -32,6 +32,8 @@ inline constexpr Kernels<AlignmentLoss> kernels<AlignmentLoss>{alignment_loss, w
 template <>
 inline constexpr Kernels<AlignmentGradient> kernels<AlignmentGradient>{alignment_gradient, workspace_bytes};
 template <>
+inline constexpr Kernels<ScaleRows> kernels<ScaleRows>{scale_rows};
+template <>
 inline constexpr Kernels<Interpolate> kernels<Interpolate>{interpolate, workspace_bytes};
 template <>
 inline constexpr Kernels<InterpolateArgmax> kernels<InterpolateArgmax>{interpolate_argmax, workspace_bytes};

@@ -12,14 +12,6 @@
 namespace memdec::cuda {
 namespace {
 
-// Of the current device: whether it has clusters, and starts kernels early.
-inline bool is_hopper_or_later() {
-  int device = 0, generation = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
-  return generation >= 9;
-}
-
 // Queues a kernel. `grid` of more blocks than CUDA can count is a launch error, as one of no blocks is.
 template <class... Parameters, class... Arguments>
 inline void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
@@ -33,31 +25,24 @@ inline void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
 #endif
 }
 
-#if defined(__CUDACC__)
-// The same with an attribute, where the device (from Hopper on) knows it.
-template <class... Parameters, class... Arguments>
-inline void launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes,
-                        cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid <= INT32_MAX ? static_cast<unsigned>(grid) : 0u);
-  config.blockDim = dim3(static_cast<unsigned>(block));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = is_hopper_or_later() ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-#endif
-
-// Queues a kernel that begins with wait_for_kernel_before: its blocks may be started while the kernel that was queued before it still
-// runs, once every block of that has called let_next_kernel_start or is done.
+// Queues a kernel that begins with wait_for_kernel_before: from Hopper on its blocks may be started while the kernel that was queued
+// before it still runs, once every block of that has called let_next_kernel_start or is done.
 template <class... Parameters, class... Arguments>
 inline void launch_early(void (*kernel)(Parameters...), int64_t grid, int block, cudaStream_t stream, const Arguments&... arguments) {
 #if defined(__CUDACC__)
+  int device = 0, generation = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(early, kernel, grid, block, 0, stream, arguments...);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid <= INT32_MAX ? static_cast<unsigned>(grid) : 0u);
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = generation >= 9 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #else
   launch(kernel, grid, block, 0, stream, arguments...);
 #endif
@@ -72,21 +57,6 @@ __device__ inline void wait_for_kernel_before() {
 __device__ inline void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Queues a kernel in clusters (see cluster.cuh) of so many blocks, of which `grid` is a multiple.
-template <class... Parameters, class... Arguments>
-inline void launch_clusters(int blocks, void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
-                            const Arguments&... arguments) {
-#if defined(__CUDACC__)
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  launch_with(cluster, kernel, grid, block, shared_bytes, stream, arguments...);
-#else
-  host::launch(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(block)), shared_bytes,
-               stream, [&] { kernel(static_cast<Parameters>(arguments)...); }, static_cast<unsigned>(blocks));
 #endif
 }
 
@@ -152,19 +122,16 @@ class Parts {
 
 // Memory that the threads of a block share, uninitialised: one place for each type T in a kernel, so two uses of one type in a
 // kernel meet in the same place, and want a barrier between them.
-#if defined(__CUDACC__)
 template <class T>
 __device__ inline T& shared() {
+#if defined(__CUDACC__)
   __shared__ alignas(T) unsigned char storage[sizeof(T)];
   return reinterpret_cast<T&>(storage);
-}
 #else
-template <class T>
-inline T& shared(unsigned rank_in_cluster = host::cluster_rank()) {
   static host::Shared storage{sizeof(T)};
-  return *static_cast<T*>(storage.of_block(rank_in_cluster));
-}
+  return *static_cast<T*>(storage.of_this_block());
 #endif
+}
 
 // The memory of a block whose size the launch sets, 16-byte aligned.
 template <class T>

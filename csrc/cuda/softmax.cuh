@@ -1,12 +1,11 @@
-// The online softmax of rows that one cluster of blocks reads from end to end: (max, Σ exp(z − max)), for many rows and for few.
+// The online softmax of rows that one block reads from end to end: (max, Σ exp(z − max)), for many rows and for few.
 //
-// Many rows: a cluster a row. Few rows of one block each would leave most of the device idle, so a first kernel gives a block to
-// every span of every row and leaves each thread's state of its share in the workspace; the op's own kernel then has a block a row
-// that takes these states instead of reading the row. Both merge the same states in the same order: the bits of a row do not depend
-// on how many rows there are.
+// Many rows: a block a row. Few rows would leave most of the device idle, so a first kernel gives a block to every span of every
+// row and leaves each thread's state of its share in the workspace; the op's own kernel then has a block a row that takes these
+// states instead of reading the row. Both merge the same states in the same order: the bits of a row do not depend on how many rows
+// there are.
 #pragma once
 
-#include "cuda/cluster.cuh"
 #include "cuda/spans.cuh"
 
 namespace memdec::cuda {
@@ -18,8 +17,7 @@ constexpr int64_t wide_columns = wide_threads * share_size;
 // Up to this many rows are split: about two blocks a multiprocessor of the largest devices.
 constexpr int64_t few_rows = 256;
 
-// `blocks`: of a cluster.
-inline bool is_split(const Rows& rows, int blocks) { return blocks == 1 && rows.count <= few_rows && rows.columns > wide_columns; }
+inline bool is_split(const Rows& rows) { return rows.count <= few_rows && rows.columns > wide_columns; }
 inline int64_t split_states(const Rows& rows) { return rows.count * spans_of<wide_threads>(rows.columns) * wide_threads; }
 
 __device__ inline Softmax<float> softmax_of_share(const float (&value)[share_size]) {
@@ -55,27 +53,20 @@ inline void launch_split_softmax(const Rows& rows, Softmax<float>* states, cudaS
   launch(split_softmax<T>, rows.count * spans_of<wide_threads>(rows.columns), wide_threads, 0, stream, rows, states);
 }
 
-// The spans of a row that are one block's: a row is cut among the blocks of a cluster.
-struct Part {
-  int64_t first;
-  int64_t end;
-};
-
-// The spans of a part that its block keeps in shared memory: column c of the row is at [c]. What comes in the way of 16-byte vectors
-// comes with them, so the copy's addresses are as aligned as the row's.
+// The first spans of a row, as the block keeps them in shared memory from its first reading to the last: column c is at [c]. The
+// vectors of 16 bytes that hold them are copied whole, so the copy's addresses are as aligned as the row's.
 template <class T>
 struct Copy {
   T* column;
-  int64_t spans;  // how many, from the part's first on
+  int64_t spans;
 
   // Room for so many spans, and what comes with them.
   static constexpr int64_t bytes(int64_t spans) { return spans == 0 ? 0 : spans * wide_columns * static_cast<int64_t>(sizeof(T)) + 32; }
 
-  __device__ Copy(const T* row, Part part, int64_t spans)
-      : column(dynamic_shared<T>() + lead_of(row) - part.first * wide_columns), spans(smaller(spans, part.end - part.first)) {}
+  __device__ Copy(const T* row, int64_t count) : column(dynamic_shared<T>() + lead_of(row)), spans(count) {}
 
-  // Begins to copy the row, a group a span.
-  __device__ void begin(const T* row, int64_t columns, Part part) const {
+  // Begins to copy, a group a span.
+  __device__ void begin(const T* row, int64_t columns) const {
     constexpr int w = width_of<T>;
     const int64_t lead = lead_of(row);
     const auto vector = [&](int64_t c) {
@@ -86,45 +77,34 @@ struct Copy {
           if (c + i >= 0 && c + i < columns) column[c + i] = row[c + i];
       }
     };
-    for (int64_t span = part.first; span < part.first + spans; ++span) {
+    for (int64_t span = 0; span < spans; ++span) {
       for_each_vector<T, wide_threads>(span, lead, [&](int, int64_t c) { vector(c); });
-      if (span + 1 == part.first + spans && lead > 0 && threadIdx.x == 0) vector((span + 1) * wide_columns - lead);
+      if (span + 1 == spans && lead > 0 && threadIdx.x == 0) vector(spans * wide_columns - lead);
       end_group();
     }
   }
 
-  // Span number i from the part's first is there. Every thread must call it.
-  __device__ void wait_for(int64_t i) const {
-    wait_for_groups(larger(0, spans - i - 2));  // a span's last columns come with the next one
+  // The span is there. Every thread must call it.
+  __device__ void wait_for(int64_t span) const {
+    wait_for_groups(larger(0, spans - span - 2));  // a span's last columns come with the next one
     __syncthreads();
   }
 };
 
-// The state of row r, known to every thread of its cluster, whose blocks each read a part. `states`: what split_softmax left, or
-// null: the row is read, what of it is copied from the copy.
+// The state of row r, known to every thread of its block. `states`: what split_softmax left, or null: the row is read, what of it is
+// copied from the copy.
 template <class T>
-__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states, Part part,
-                                                const Copy<T>& copy) {
-  struct OfPart {
-    Softmax<float> state;
-  };
-  const auto merged = [](Softmax<float> a, Softmax<float> b) { return merge(a, b); };
+__device__ inline Softmax<float> softmax_of_row(const Rows& rows, int64_t r, const Softmax<float>* states, const Copy<T>& copy) {
   const int64_t spans = spans_of<wide_threads>(rows.columns);
   const T* const row = row_of<const T>(rows, r);
   Softmax<float> state;
-  for (int64_t span = part.first; span < part.end; ++span) {
-    const bool is_copied = span - part.first < copy.spans;
-    if (is_copied) copy.wait_for(span - part.first);
+  for (int64_t span = 0; span < spans; ++span) {
+    const bool is_copied = span < copy.spans;
+    if (is_copied) copy.wait_for(span);
     state = merge(state, states ? states[(r * spans + span) * wide_threads + threadIdx.x]
                                 : softmax_of_span(is_copied ? copy.column : row, rows.columns, span));
   }
-  state = reduce_block<wide_threads>(state, merged);
-  if (cluster_size() == 1) return state;
-  if (threadIdx.x == 0) shared<OfPart>().state = state;
-  sync_cluster();
-  state = shared_of<OfPart>(0).state;
-  for (unsigned rank = 1; rank < cluster_size(); ++rank) state = merge(state, shared_of<OfPart>(rank).state);
-  return state;
+  return reduce_block<wide_threads>(state, [](Softmax<float> a, Softmax<float> b) { return merge(a, b); });
 }
 
 }  // namespace

@@ -40,6 +40,7 @@ def alignment_gradient(
     launch: _Launch,
     /,
 ) -> int: ...
+def scale_rows(rows: _Rows, factors: int, factors_stride: int, launch: _Launch, /) -> int: ...
 def aggregate_neighbors(
     distances: _Rows,
     token_ids: int,

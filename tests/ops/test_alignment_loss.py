@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from memdec import SparseDistributions, ops
 from memdec.ops import reference
+from memdec.ops.alignment_loss import scale
+from memdec.ops.rows import accumulator
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # What one rounding to the dtype costs a gradient; float32 and float64: the error of exp, a few units in the last place.
@@ -249,6 +251,21 @@ def test_in_place_gradient_is_scaled_and_used_once(device):
     assert leaf.grad.data_ptr() == leaf.data_ptr()
     with pytest.raises(RuntimeError, match="second backward"):
         total.backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_of_1_leaves_a_row_as_it_is(device, dtype):
+    """Bit for bit, whatever the row holds; other rows are multiplied in the accumulator and rounded once."""
+    rows = torch.randn(4, 9001, generator=torch.Generator().manual_seed(0)).to(dtype)[:, 3:8500].to(device)
+    rows[0, :3] = torch.tensor([torch.nan, torch.inf, -0.0])
+    factors = torch.tensor([1.0, -2.5, 1.0, 1 / 3], dtype=accumulator(rows), device=device)
+    scaled = rows.clone(memory_format=torch.preserve_format)
+    scale(scaled, factors)
+    wanted = (rows.to(factors.dtype) * factors[:, None]).to(dtype)
+    torch.testing.assert_close(scaled, wanted, rtol=0, atol=0, equal_nan=True)
+    whole = rows.clone(memory_format=torch.preserve_format)
+    scale(whole, torch.tensor(1.0, device=device))
+    assert torch.equal(whole.view(torch.uint8), rows.contiguous().view(torch.uint8))
 
 
 def test_in_place_gradient_that_was_written_over(device):

@@ -192,6 +192,14 @@ def gradient(
     return grad
 
 
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """Multiply a gradient (…, n) by the incoming one, () or (…,), in place: next to nothing is done where that is 1,
+    and nobody waits to know."""
+    factor = factor.to(accumulator(grad)).contiguous()
+    torch.autograd.graph.increment_version(grad)
+    launch.run(_C.scale_rows, grad.device, rows(grad)[1], factor.data_ptr(), 1 if factor.dim() else 0)
+
+
 class _Separate(torch.autograd.Function):
     """The gradient in memory of its own, made in the backward pass."""
 
@@ -272,9 +280,7 @@ class _InPlace(torch.autograd.Function):
                 "grad_in_place=True they hold the gradient; use grad_in_place=False to go on using them"
             )
         ctx.gradient = None
-        # Whether a factor on the device is 1 is not known here without waiting for it.
-        if grad.is_cuda or not bool((grad_total == 1).all()):
-            grad.mul_(grad_total[..., None] if grad_total.dim() else grad_total)
+        scale(grad, grad_total)
         return (grad, *(None,) * 7)
 
 

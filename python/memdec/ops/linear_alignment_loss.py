@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from memdec.distributions import SparseDistributions
 from memdec.ops import checks
-from memdec.ops.alignment_loss import NO_GRADIENT, Teacher, gradient, loss
+from memdec.ops.alignment_loss import NO_GRADIENT, Teacher, gradient, loss, scale
 from memdec.ops.reference import AlignmentLoss
 from memdec.ops.registration import is_traced, register, wants_grad
 from memdec.ops.rows import accumulator, rows
@@ -25,7 +25,7 @@ SMALLEST_WORKSPACE = 8 * 2**20
 # Columns of the weight gradient that are added up at a time where the product is in half precision.
 GRADIENT_COLUMNS = 4096
 # On CUDA, torch since 2.8 adds a product of half precision to a float32 matrix as it makes it.
-HAS_WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()
+HAS_WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()  # type: ignore[no-untyped-call]
 
 
 class Gradients(NamedTuple):
@@ -360,11 +360,9 @@ class _Function(torch.autograd.Function):
             return (*(None if grad is None else grad * grad_total for grad in grads), *(None,) * 8)
         # Given away rather than kept, so that autograd can take the tensors over without a copy.
         ctx.gradients = None
-        # Whether a factor on the device is 1 is not known here without waiting for it.
-        if grad_total.is_cuda or grad_total.item() != 1:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(grad_total)
+        for grad in grads:
+            if grad is not None:
+                scale(grad, grad_total)
         return (*grads, *(None,) * 8)
 
 

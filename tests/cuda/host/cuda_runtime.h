@@ -11,7 +11,6 @@
 
 #include <functional>
 #include <source_location>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -32,18 +31,13 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
-    case cudaDevAttrL2CacheSize: *value = 1 << 20; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-  }
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrL2CacheSize ? 1 << 20 : 227 << 10;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -64,15 +58,10 @@ namespace memdec::cuda::host {
 using Where = std::source_location;
 
 // Runs a kernel to its end; an error is left for cudaGetLastError, which cudaGetErrorString then tells in words.
-void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const std::function<void()>& thread,
-            unsigned cluster = 1);
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const std::function<void()>& thread);
 
 // Waits for all threads of the block.
 void wait_for_block(Where where);
-// Of the cluster that the block is in, and waits for all threads of it.
-unsigned cluster_rank();
-unsigned cluster_size();
-void wait_for_cluster(Where where);
 // Waits for the lanes in `mask`, and gives the value that lane `source` brought; of all lanes' truth values, for source −1, the bits.
 uint64_t exchange(unsigned mask, uint64_t value, int source, Where where);
 int lane();
@@ -82,13 +71,12 @@ int lane();
 class Shared {
  public:
   explicit Shared(size_t bytes) : bytes_(bytes) {}
-  void resize(size_t bytes) { bytes_ = bytes; }
-  void* of_block(unsigned rank);  // in the cluster
+  void* of_this_block();
 
  private:
   size_t bytes_;
-  uint64_t generation_ = 0;
-  std::vector<void*> data_;
+  uint64_t block_ = 0;
+  void* data_ = nullptr;
 };
 void* dynamic_shared();
 

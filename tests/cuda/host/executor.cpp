@@ -60,7 +60,7 @@ struct Fiber {
   char* stack = nullptr;  // kept from launch to launch
   void* pointer = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
-  enum { ready, at_barrier, at_cluster_barrier, in_exchange, done } state = done;
+  enum { ready, at_barrier, in_exchange, done } state = done;
   Where where;
   unsigned mask = 0;
   uint64_t value = 0;
@@ -70,17 +70,14 @@ struct Fiber {
 struct Executor {
   std::mutex one_launch;
   std::vector<Fiber> fibers;
-  unsigned count = 0;    // threads of a block
-  unsigned cluster = 1;  // blocks on the way together: fiber i is thread i % count of the one of rank i / count
-  unsigned current = 0;
-  dim3 first_block;      // of the cluster
+  unsigned count = 0, current = 0;
   void* pointer = nullptr;  // of the scheduler's stack
   void* fake_stack = nullptr;
   const void* bottom = nullptr;
   size_t size = 0;
   const std::function<void()>* thread = nullptr;
   size_t dynamic_bytes = 0;
-  uint64_t generation = 0;  // counts all clusters ever run
+  uint64_t block = 0;  // counts all blocks ever run
   std::string error;   // of the launch that is running, or ran last
   bool failed = false;
 };
@@ -111,9 +108,7 @@ void run_fiber() {
 
 void enter_fiber(unsigned i) {
   executor.current = i;
-  const unsigned thread = i % executor.count;
-  threadIdx = dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y);
-  blockIdx = dim3(executor.first_block.x + i / executor.count, executor.first_block.y, executor.first_block.z);
+  threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
   __sanitizer_start_switch_fiber(&executor.fake_stack, executor.fibers[i].stack, stack_bytes);
   memdec_switch(&executor.pointer, executor.fibers[i].pointer);
   __sanitizer_finish_switch_fiber(executor.fake_stack, nullptr, nullptr);
@@ -132,15 +127,13 @@ void prepare_fiber(Fiber& fiber) {
   fiber.state = Fiber::ready;
 }
 
-// Who waits where, when nobody can go on.
+// Who waits where, for a block in which nobody can go on.
 std::string standstill() {
   std::map<std::string, std::vector<unsigned>> groups;
-  for (unsigned i = 0; i < executor.count * executor.cluster; ++i) {
+  for (unsigned i = 0; i < executor.count; ++i) {
     const Fiber& fiber = executor.fibers[i];
-    const char* const what = fiber.state == Fiber::at_barrier           ? "wait at the barrier "
-                             : fiber.state == Fiber::at_cluster_barrier ? "wait at the cluster's barrier "
-                                                                        : "wait for their warp at ";
-    groups[fiber.state == Fiber::done ? "have ended" : what + text(fiber.where)].push_back(i);
+    if (fiber.state == Fiber::done) groups["have ended"].push_back(i);
+    else groups[(fiber.state == Fiber::at_barrier ? "wait at the barrier " : "wait for their warp at ") + text(fiber.where)].push_back(i);
   }
   std::string report = "diverging barriers:";
   for (const auto& [what, threads] : groups)
@@ -148,22 +141,20 @@ std::string standstill() {
   return report;
 }
 
-// Opens the barrier at which fibers [begin, end) all stand, if there is one.
-bool open_barrier(unsigned begin, unsigned end, decltype(Fiber::state) barrier) {
-  const auto first = executor.fibers.begin() + begin, last = executor.fibers.begin() + end;
-  const auto stands_there = [&](const Fiber& fiber) { return fiber.state == barrier && same(fiber.where, first->where); };
-  if (!std::all_of(first, last, stands_there)) return false;
-  std::for_each(first, last, [](Fiber& fiber) { fiber.state = Fiber::ready; });
-  return true;
+bool all_at_one_barrier() {
+  const Fiber& first = executor.fibers[0];
+  return std::all_of(executor.fibers.begin(), executor.fibers.begin() + executor.count, [&](const Fiber& fiber) {
+    return fiber.state == Fiber::at_barrier && same(fiber.where, first.where);
+  });
 }
 
-// Runs a warp of a block, its fibers from `begin` on, until none of its threads can go on.
-void run_warp(unsigned begin, unsigned number, const std::vector<unsigned>& lanes) {
+// Runs a warp until none of its threads can go on.
+void run_warp(unsigned number, const std::vector<unsigned>& lanes) {
   for (bool moved = true; moved && !executor.failed;) {
     moved = false;
     for (const unsigned lane : lanes) {
-      const unsigned i = begin + number * warp + lane;
-      if (number * warp + lane >= executor.count || executor.fibers[i].state != Fiber::ready) continue;
+      const unsigned i = number * warp + lane;
+      if (i >= executor.count || executor.fibers[i].state != Fiber::ready) continue;
       enter_fiber(i);
       if (executor.failed) return;
       moved = true;
@@ -171,25 +162,22 @@ void run_warp(unsigned begin, unsigned number, const std::vector<unsigned>& lane
   }
 }
 
-void run_cluster(const std::vector<unsigned>& blocks, const std::vector<unsigned>& warps, const std::vector<unsigned>& lanes) {
-  const unsigned all = executor.count * executor.cluster;
-  ++executor.generation;
-  for (unsigned i = 0; i < all; ++i) prepare_fiber(executor.fibers[i]);
+void run_block(const std::vector<unsigned>& warps, const std::vector<unsigned>& lanes) {
+  ++executor.block;
+  for (unsigned i = 0; i < executor.count; ++i) prepare_fiber(executor.fibers[i]);
   for (;;) {
-    for (const unsigned block : blocks)
-      for (const unsigned number : warps) {
-        run_warp(block * executor.count, number, lanes);
-        if (executor.failed) return;
-      }
+    for (const unsigned number : warps) {
+      run_warp(number, lanes);
+      if (executor.failed) return;
+    }
     const auto done = [](const Fiber& fiber) { return fiber.state == Fiber::done; };
-    if (std::all_of(executor.fibers.begin(), executor.fibers.begin() + all, done)) return;
-    bool opened = open_barrier(0, all, Fiber::at_cluster_barrier);
-    for (const unsigned block : blocks) opened |= open_barrier(block * executor.count, (block + 1) * executor.count, Fiber::at_barrier);
-    if (!opened) {
+    if (std::all_of(executor.fibers.begin(), executor.fibers.begin() + executor.count, done)) return;
+    if (!all_at_one_barrier()) {
       executor.failed = true;
       executor.error = standstill();
       return;
     }
+    for (unsigned i = 0; i < executor.count; ++i) executor.fibers[i].state = Fiber::ready;
   }
 }
 
@@ -203,9 +191,7 @@ std::vector<unsigned> ordered(unsigned count, const std::string& order) {
 
 }  // namespace
 
-int lane() { return static_cast<int>(executor.current % executor.count % warp); }
-unsigned cluster_rank() { return executor.current / executor.count; }
-unsigned cluster_size() { return executor.cluster; }
+int lane() { return static_cast<int>(executor.current % warp); }
 
 void fail(const char* what, Where where) {
   executor.failed = true;
@@ -221,24 +207,17 @@ void wait_for_block(Where where) {
   leave_fiber(false);
 }
 
-void wait_for_cluster(Where where) {
-  Fiber& me = executor.fibers[executor.current];
-  me.state = Fiber::at_cluster_barrier;
-  me.where = where;
-  leave_fiber(false);
-}
-
 uint64_t exchange(unsigned mask, uint64_t value, int source, Where where) {
-  const unsigned self = executor.current, thread = self % executor.count, first = self - thread % warp;
+  const unsigned self = executor.current, first = self - self % warp;
   Fiber& me = executor.fibers[self];
-  if (!(mask >> thread % warp & 1)) fail("a lane is not in its own mask", where);
+  if (!(mask >> self % warp & 1)) fail("a lane is not in its own mask", where);
   if (source >= 0 && !(mask >> source & 1)) fail("a shuffle from a lane that is not in the mask", where);
   me.state = Fiber::in_exchange;
   me.where = where, me.mask = mask, me.value = value, me.source = source;
   bool complete = true;
   for (unsigned i = 0; i < warp && complete; ++i) {
     if (!(mask >> i & 1)) continue;
-    if (thread - thread % warp + i >= executor.count) fail("a mask names lanes beyond the end of the block", where);
+    if (first + i >= executor.count) fail("a mask names lanes beyond the end of the block", where);
     const Fiber& other = executor.fibers[first + i];
     complete = other.state == Fiber::in_exchange && other.mask == mask && same(other.where, where);
   }
@@ -261,55 +240,53 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, Where where) {
   return me.value;
 }
 
-void* Shared::of_block(unsigned rank) {
-  if (generation_ != executor.generation) {
-    for (void* data : data_) std::free(data);
-    data_.assign(executor.cluster, nullptr);
-    for (void*& data : data_) {
-      if (posix_memalign(&data, 128, std::max<size_t>(bytes_, 1)) != 0) std::abort();
-      memset(data, 0xff, bytes_);
-    }
-    generation_ = executor.generation;
+void* Shared::of_this_block() {
+  if (block_ != executor.block) {
+    std::free(data_);
+    if (posix_memalign(&data_, 128, std::max<size_t>(bytes_, 1)) != 0) std::abort();
+    memset(data_, 0xff, bytes_);
+    block_ = executor.block;
   }
-  return data_[rank];
+  return data_;
 }
 
 void* dynamic_shared() {
-  static Shared storage{0};
-  storage.resize(executor.dynamic_bytes);
-  return storage.of_block(cluster_rank());
+  static uint64_t block = 0;
+  static void* data = nullptr;
+  if (block != executor.block) {
+    std::free(data);
+    if (posix_memalign(&data, 128, std::max<size_t>(executor.dynamic_bytes, 1)) != 0) std::abort();
+    memset(data, 0xff, executor.dynamic_bytes);
+    block = executor.block;
+  }
+  return data;
 }
 
-void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const std::function<void()>& thread,
-            unsigned cluster) {
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(executor.one_launch);
   if (executor.failed) return;  // as on a device: after an error nothing runs until it has been asked for
   const unsigned threads = block.x * block.y * block.z;
   const char* const order = std::getenv("MEMDEC_EXECUTOR_ORDER");
-  const bool is_cluster = cluster > 0 && cluster <= 8 && grid.x % cluster == 0;
-  if (grid.x == 0 || threads == 0 || threads > 1024 || shared_bytes > 227 << 10 || !is_cluster) {
+  if (grid.x == 0 || threads == 0 || threads > 1024 || shared_bytes > 227 << 10) {
     executor.failed = true;
-    executor.error = "invalid configuration: " + std::to_string(grid.x) + " blocks of " + std::to_string(threads) +
-                     " threads, in clusters of " + std::to_string(cluster);
+    executor.error = "invalid configuration: " + std::to_string(grid.x) + " blocks of " + std::to_string(threads) + " threads";
     return;
   }
-  if (executor.fibers.size() < threads * cluster) executor.fibers.resize(threads * cluster);
+  if (executor.fibers.size() < threads) executor.fibers.resize(threads);
   executor.count = threads;
-  executor.cluster = cluster;
   executor.thread = &thread;
   executor.dynamic_bytes = shared_bytes;
   gridDim = grid, blockDim = block;
   const std::vector<unsigned> warps = ordered((threads + warp - 1) / warp, order ? order : "forward");
   const std::vector<unsigned> lanes = ordered(warp, order ? order : "forward");
-  const std::vector<unsigned> ranks = ordered(cluster, order ? order : "forward");
-  for (const unsigned b : ordered(grid.x / cluster, order ? order : "forward")) {
-    executor.first_block = dim3(b * cluster, 0, 0);
-    run_cluster(ranks, warps, lanes);
+  for (const unsigned b : ordered(grid.x, order ? order : "forward")) {
+    blockIdx = dim3(b, 0, 0);
+    run_block(warps, lanes);
     if (!executor.failed) continue;
     char name[1024] = "";
     // One byte on: the symboliser takes a return address, and looks before it.
     __sanitizer_symbolize_pc(static_cast<char*>(const_cast<void*>(kernel)) + 1, "%f", name, sizeof name);
-    executor.error = std::string(name) + (cluster == 1 ? ", block " : ", cluster ") + std::to_string(b) + ": " + executor.error;
+    executor.error = std::string(name) + ", block " + std::to_string(b) + ": " + executor.error;
     for (const Fiber& fiber : executor.fibers) __asan_unpoison_memory_region(fiber.stack, stack_bytes);
     return;
   }
