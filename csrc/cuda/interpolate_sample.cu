@@ -9,7 +9,7 @@
 //
 // Traffic: coin: each logit of one tensor once. Temperature: each logit of both twice. Cuts: each logit of both twice, V scores
 // written and read in the second-level cache, and the list of candidates eight times for each of top_k and top_p; up to 128 rows
-// have 8 bytes a token in the workspace.
+// have 12 bytes a token in the workspace.
 #include "cuda/sampling.cuh"
 
 namespace memdec::cuda {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(block_threads) draw_from_spans(InterpolateSamp
 
 // Temperature only: a block a span of the mixture.
 template <class T>
-__global__ void __launch_bounds__(block_threads) draw_from_mixed_spans(InterpolateSample op, const Softmax<float>* states, Winner* winners) {
+__global__ void __launch_bounds__(block_threads, 1) draw_from_mixed_spans(InterpolateSample op, const Softmax<float>* states, Winner* winners) {
   let_next_kernel_start();
   const int64_t spans = spans_of(op.mixture.base.columns), r = blockIdx.x / spans, span = blockIdx.x % spans;
   const float temperature = static_cast<float>(op.temperature);

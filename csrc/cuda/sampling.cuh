@@ -159,12 +159,14 @@ constexpr int64_t rows_at_once = 128;  // that have scores in the workspace: abo
 struct Scores {
   float* score;      // (rows, span_columns · spans), −inf beyond the end of a row
   float* largest;    // (rows, block_threads · spans) of each share
-  uint32_t* listed;  // (rows, span_columns · spans) places
+  uint32_t* listed;  // (rows, span_columns · spans) places,
+  float* listed_score;  // and their scores, which are looked at many times: one behind the other
   int64_t spans;
   int width;  // of the vectors in a share
 
   __device__ Scores row(int64_t i) const {
-    return {score + i * spans * span_columns, largest + i * shares(), listed + i * spans * span_columns, spans, width};
+    return {score + i * spans * span_columns, largest + i * shares(), listed + i * spans * span_columns,
+            listed_score + i * spans * span_columns, spans, width};
   }
   __device__ int64_t shares() const { return spans * block_threads; }
   __device__ uint32_t token_at(uint32_t place) const {
@@ -178,6 +180,7 @@ inline Scores take_scores(Parts& parts, int64_t rows, const Rows& logits) {
   return {.score = parts.take<float>(all * span_columns),
           .largest = parts.take<float>(all * block_threads),
           .listed = parts.take<uint32_t>(all * span_columns),
+          .listed_score = parts.take<float>(all * span_columns),
           .spans = spans,
           .width = logits.dtype == DType::float32 ? width_of<float> : width_of<bfloat16>};
 }
@@ -246,6 +249,7 @@ __device__ inline Border border_at(int64_t count, uint64_t limit, const F& item)
   for (int pass = 0; pass < passes; ++pass) {
     const int shift = 32 - (pass + 1) * digit_bits;
     uint64_t sum[digits] = {};
+#pragma unroll 4
     for (int64_t i = threadIdx.x; i < count; i += row_threads)
       item(i, [&](uint32_t key, uint64_t weight) {
         if (uint64_t{key ^ border.key} >> (shift + digit_bits) != 0) return;  // the digits found so far differ
@@ -347,18 +351,21 @@ __device__ inline int64_t keep(const Scores& scores, float top, const Cuts& cuts
     }
     if (!has_any) continue;
     uint32_t place = atomicAdd(&length, static_cast<uint32_t>(__popc(passing)));
-    for (; passing != 0; passing &= passing - 1)
-      scores.listed[place++] = static_cast<uint32_t>(begin + (__ffs(static_cast<int>(passing)) - 1) * block_threads);
+    for (; passing != 0; passing &= passing - 1, ++place) {
+      const int64_t at = begin + (__ffs(static_cast<int>(passing)) - 1) * block_threads;
+      scores.listed[place] = static_cast<uint32_t>(at);
+      scores.listed_score[place] = scores.score[at];
+    }
   }
   __syncthreads();  // the list is whole
   const int64_t count = length;
 
-  const auto key_of = [&](int64_t i) { return rank_of(scores.score[scores.listed[i]]); };
+  const auto key_of = [&](int64_t i) { return rank_of(scores.listed_score[i]); };
   if (cuts.top_k > 0 && cuts.top_k < count)
     kept.lowest = border_at(count, static_cast<uint64_t>(count - cuts.top_k), [&](int64_t i, const auto& use) { use(key_of(i), uint64_t{1}); }).key;
 
   if (cuts.top_p < 1) {
-    const auto weight_at = [&](int64_t i) { return key_of(i) >= kept.lowest ? weight_of(scores.score[scores.listed[i]]) : 0; };
+    const auto weight_at = [&](int64_t i) { return key_of(i) >= kept.lowest ? weight_of(scores.listed_score[i]) : 0; };
     uint64_t left = 0;
     for (int64_t i = threadIdx.x; i < count; i += row_threads) left += weight_at(i);
     left = sum_over_block<row_threads>(left);
@@ -389,7 +396,7 @@ __device__ inline Winner winner_of_kept(const Scores& scores, int64_t count, con
   Winner best;
   for (int64_t i = threadIdx.x; i < count; i += row_threads) {
     const uint32_t token = scores.token_at(scores.listed[i]);
-    const float score = scores.score[scores.listed[i]];
+    const float score = scores.listed_score[i];
     if (!kept.has(score, token)) continue;
     const float noise = gumbel_of<float>(draw_of(seed, offset, noise_stream, token));
     best = Winner::merge(best, {static_cast<double>(score) + static_cast<double>(noise), static_cast<int32_t>(token)});

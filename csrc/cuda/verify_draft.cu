@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(row_threads) cut(VerifyDraft op, Scratch scrat
     const int64_t count = keep(scores, measured.top, cuts, measured.kept);
     uint64_t sum = 0;
     for (int64_t j = threadIdx.x; j < count; j += row_threads) {
-      const float s = scores.score[scores.listed[j]];
+      const float s = scores.listed_score[j];
       sum += measured.kept.has(s, scores.token_at(scores.listed[j])) ? weight_of(s) : 0;
     }
     sum = sum_over_block<row_threads>(sum);
