@@ -12,15 +12,6 @@ namespace {
 constexpr double whole_mass = 1 - 1e-6;
 
 template <class T>
-__device__ inline void reduce_span(const Rows& rows, int64_t i, Softmax<float>* states) {
-  const int64_t spans = spans_of(rows.columns);
-  float value[share_size];
-  load_share(row_of<const T>(rows, i / spans), rows.columns, i % spans, value);
-  const Softmax<float> state = softmax_of_block(value);
-  if (threadIdx.x == 0) states[i] = state;
-}
-
-template <class T>
 __device__ inline void write_span(const InterpolateSparse& op, int64_t r, int64_t span, const Softmax<float>* states) {
   const int64_t columns = op.base.columns, spans = spans_of(columns);
   const Softmax<float> state = merged_by_warp(spans, [&](int64_t i) { return states[r * spans + i]; });

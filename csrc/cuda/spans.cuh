@@ -42,6 +42,16 @@ __device__ inline Softmax<float> softmax_of_block(const float (&value)[share_siz
   return state;
 }
 
+// The block's part of a first pass over rows: span number i of all leaves its state.
+template <class T>
+__device__ inline void reduce_span(const Rows& rows, int64_t i, Softmax<float>* states) {
+  const int64_t spans = spans_of(rows.columns);
+  float value[share_size];
+  load_share(row_of<const T>(rows, i / spans), rows.columns, i % spans, value);
+  const Softmax<float> state = softmax_of_block(value);
+  if (threadIdx.x == 0) states[i] = state;
+}
+
 // The merged states state(0) … state(count − 1), known to every lane. Every lane of the warp must call it.
 template <class F>
 __device__ inline Softmax<float> merged_by_warp(int64_t count, const F& state) {

@@ -10,11 +10,7 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(block_threads) reduce_spans_of_rows(Rows logits, Softmax<float>* states) {
   let_next_kernel_start();
-  const int64_t spans = spans_of(logits.columns), r = blockIdx.x / spans;
-  float value[share_size];
-  load_share(row_of<const T>(logits, r), logits.columns, blockIdx.x % spans, value);
-  const Softmax<float> state = softmax_of_block(value);
-  if (threadIdx.x == 0) states[blockIdx.x] = state;
+  reduce_span<T>(logits, blockIdx.x, states);
 }
 
 // A warp a row.

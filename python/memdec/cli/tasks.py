@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memdec.cli.guard import guarded
-from memdec.cli.use import Base, Device, Dtype, remark
+from memdec.cli.use import MEMORY, Base, Device, Dtype, remark
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 @guarded(resumable=True)
 def tasks(
     base: Base,
-    memory: Annotated[str | None, typer.Option(help="The memory's folder or hub id.")] = None,
+    memory: Annotated[str | None, MEMORY] = None,
     names: Annotated[
         str | None,
         typer.Option("--tasks", help="Any of sst2,mr,cr,rt,hyp,cb,rte,agnews,yahoo; default: all, or the files alone."),

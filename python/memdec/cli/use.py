@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 NOT_UTF8 = "The prompt is not UTF-8. Convert it, for example with iconv -t UTF-8."
 LEAST_TEMPERATURE = 0.001  # below, logits over it leave the range of float32
 
-Base = Annotated[str, typer.Option("--base", help="The base model: a folder, a hub id, or a .gguf file.")]
-Memory = Annotated[str, typer.Option(help="The memory's folder or hub id.")]
+BASE = typer.Option("--base", help="The base model: a folder, a hub id, or a .gguf file.")
+MEMORY = typer.Option(help="The memory's folder or hub id.")
+Base = Annotated[str, BASE]
+Memory = Annotated[str, MEMORY]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the memory, 0 to 1; default: the memory's own.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: an accelerator if there is one.")]
@@ -309,8 +311,8 @@ def as_utf8(prompt: str) -> str:
 
 @guarded()
 def bench_decode(
-    base: Annotated[str | None, typer.Option(help="The base model: a folder, a hub id, or a .gguf file.")] = None,
-    memory: Annotated[str | None, typer.Option(help="The memory's folder or hub id.")] = None,
+    base: Annotated[str | None, BASE] = None,
+    memory: Annotated[str | None, MEMORY] = None,
     text: Annotated[
         Path | None, typer.Option(help="A text file of the domain, of which beginnings are continued.")
     ] = None,

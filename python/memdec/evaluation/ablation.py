@@ -170,12 +170,11 @@ def ablate(
             if combination not in combinations:
                 combinations.append(combination)
     for combination in combinations:  # not after hours of training
-        settings = {name: value for name, value in {**options, **combination}.items() if name in TRAIN_OPTIONS[:-3]}
-        Settings(**settings).check()
-        if {**options, **combination}.get("teacher", "knn") not in TEACHERS:
-            raise MemdecError(f"--teacher wants one of {', '.join(TEACHERS)}; got {combination.get('teacher')!r}.")
-        both = {**options, **combination}
-        check_adaptation(both.get("adapt_epochs", 0), both.get("teacher", "knn"))
+        settings = {**options, **combination}
+        Settings(**_chosen(settings, TRAIN_OPTIONS[:-3])).check()
+        if settings.get("teacher", "knn") not in TEACHERS:
+            raise MemdecError(f"--teacher wants one of {', '.join(TEACHERS)}; got {settings['teacher']!r}.")
+        check_adaptation(settings.get("adapt_epochs", 0), settings.get("teacher", "knn"))
     folder = make_folder(Path(out))
     with folder_lock(folder):
         text = build_corpus(os.fspath(corpus), os.fspath(model), folder / "corpus", seed=int(options.get("seed", 0)),

@@ -528,14 +528,13 @@ def _knn(
     out: Path,
     scores: dict[str, Tensor],
 ) -> _Knn:
-    beside = Path(memory).resolve().parent / "datastore"
-    folder = Path(datastore) if datastore is not None else beside
-    of_base = (
-        (beside / MANIFEST_NAME).is_file()
+    folder = Path(memory).resolve().parent / "datastore" if datastore is None else Path(datastore)
+    has_own_keys = datastore is not None or (  # of what was asked for, the search itself sees to that
+        (folder / MANIFEST_NAME).is_file()
         and adapted_teacher(memory) is None
-        and is_made_by(model, Datastore.open(beside))
+        and is_made_by(model, Datastore.open(folder))
     )
-    if datastore is not None or of_base:
+    if has_own_keys:
         store = Datastore.open(folder)
         # A teacher of another datastore says nothing about this search.
         own = teacher.manifest.fields.get("datastore") == store.manifest.checksum
