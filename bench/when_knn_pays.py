@@ -1,6 +1,6 @@
 """When does the kNN signal earn its cost? A grid of memories on two domains, the most telling runs first.
 
-    python bench/when_knn_pays.py OUT --device cuda [--manual DIR] [--base DIR] [--tokens 150000] [--parts 1,2,3]
+    python bench/when_knn_pays.py OUT --device cuda [--manual DIR] [--base DIR] [--tokens 150000] [--parts teacher,beta]
 
 The domains are the PostgreSQL 15 manual, on which a kNN-LM helps SmolLM2-135M little, and the demo's text, full of near
 repetitions, on which it halves the perplexity. Varied are what teaches, β, the epochs, T and the memory's size, in the
@@ -9,9 +9,9 @@ same command goes on; what runs share (corpus, datastores, neighbours, the adapt
 
 OUT/when_knn_pays.jsonl has a line a run: settings, test perplexity of base + memory, what each evaluation measured,
 and how it stands to plain fine-tuning (the teacher one-hot) of the same size, at the same epochs and at the epochs that
-validation text found best, with paired bootstrap intervals. OUT/DOMAIN is a folder of `memdec fit --ablate`: 270 MB a
-run, so on a machine with much memory and a slow disk let OUT be in /dev/shm. On a GPU runs are short, and no checkpoint
-is written within one.
+validation text found best, with paired bootstrap intervals; the plots of docs/when_knn_pays.md stand beside it.
+OUT/DOMAIN is a folder of `memdec fit --ablate`: 270 MB a run, so on a machine with much memory and a slow disk let OUT
+be in /dev/shm. On a GPU runs are short, and no checkpoint is written within one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from memdec.demo.model import default_cache_dir, smollm2_folder
 from memdec.demo.run import domain_text
 from memdec.evaluation.ablation import Run, ablate, name_of
+from memdec.evaluation.charts import Interval, Line, interval_chart, line_chart, svg_file
 from memdec.evaluation.evaluate import read_log
 from memdec.evaluation.held_out import load_held_out
 from memdec.evaluation.perplexity import relative_interval, sliding_protocol
@@ -44,6 +45,7 @@ MANUAL = Path("/usr/share/doc/postgresql-doc-15/html")  # where Debian's postgre
 FRACTIONS = (0.8, 0.07, 0.13)  # a long test text: what is compared differs by a percent
 ADAPT = 3  # epochs of the adapted teacher
 NEVER = 10**9  # steps
+STYLES = {"plain": "c-base", "knn": "c-knn", "knn-lm": "c-memory", "knn-lm, adapted": "c-mixture"}
 
 Grid = dict[str, list[Any]]
 WHOLE: Grid = {"layers": [None], "batch_size": [16], "learning_rate": [2e-4]}
@@ -72,22 +74,29 @@ def runs(size: Grid, epochs: list[int], *who: Grid) -> list[Grid]:
 PARTS: dict[str, list[Grid]] = {
     # Which teacher? Plain fine-tuning also at the steps that adaptation and memory take together, and the adapted
     # model's own distribution without neighbours: is it the kNN signal, or distillation?
-    "1": runs(WHOLE, [3], PLAIN, taught("knn-lm", ADAPT), taught("lm", ADAPT), taught("knn-lm", 0), taught("knn", 0))
+    "teacher": runs(
+        WHOLE, [3], PLAIN, taught("knn-lm", ADAPT), taught("lm", ADAPT), taught("knn-lm", 0), taught("knn", 0)
+    )
     + runs(WHOLE, [3 + ADAPT], PLAIN),
     # How much of it?
-    "2": runs(WHOLE, [3], taught("knn-lm", ADAPT, 0.25, 1.0, 0.1)),
+    "beta": runs(WHOLE, [3], taught("knn-lm", ADAPT, 0.25, 1.0, 0.1)),
     # Does it overfit later?
-    "3": runs(WHOLE, [8], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0)),
+    "epochs": runs(WHOLE, [8], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0)),
     # Does a small memory need it more?
-    "4": runs(FOUR, [8], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0), taught("lm", ADAPT)),
+    "small": runs(
+        FOUR, [8], PLAIN, taught("knn", 0), taught("knn-lm", 0), taught("knn-lm", ADAPT), taught("lm", ADAPT)
+    ),
+    "small-beta": runs(FOUR, [8], taught("knn", 0, 0.25, 0.75, 1.0)),
+    "small-epochs": runs(FOUR, [20], PLAIN, taught("knn", 0)),
+    "small-temperature": runs(FOUR, [8], taught("knn", 0, temperatures=(0.5, 1.0, 4.0))),
     # How sharp a teacher?
-    "5": runs(WHOLE, [3], taught("knn-lm", ADAPT, temperatures=(0.5, 1.0, 4.0))),
-    "6": runs(WHOLE, [20], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0)),
-    "7": runs(EIGHT, [8], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0)),
+    "temperature": runs(WHOLE, [3], taught("knn-lm", ADAPT, temperatures=(0.5, 1.0, 4.0))),
+    "many-epochs": runs(WHOLE, [20], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0)),
+    "eight-blocks": runs(EIGHT, [8], PLAIN, taught("knn", 0), taught("knn-lm", ADAPT), taught("knn-lm", 0)),
     # What is left: the paper's own teacher, the base's distribution, more of β.
-    "8": runs(WHOLE, [3], taught("knn", ADAPT), taught("lm", 0), taught("knn", 0, 0.1, 0.25, 1.0))
+    "rest": runs(WHOLE, [3], taught("knn", ADAPT), taught("lm", 0), taught("knn", 0, 0.1, 0.25, 1.0))
     + runs(WHOLE, [8], taught("knn-lm", ADAPT, 0.1, 0.25, 1.0))
-    + runs(FOUR, [20], PLAIN, taught("knn-lm", ADAPT)),
+    + runs(FOUR, [20], taught("knn-lm", ADAPT)),
 }
 
 
@@ -140,64 +149,114 @@ def main() -> None:
 
 
 def report(out: Path, base: str) -> None:
-    """Write OUT/when_knn_pays.jsonl, of all that was ever made there, and print its lines as a table."""
-    found = {}
-    for domain in DOMAINS:
-        path = out / domain / "ablation.jsonl"
-        rows = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        found[domain] = [Run(**json.loads(row)) for row in rows]
-    lines = []
-    print(f"\n{'':8}{'teacher':16}{'β':>5}{'epochs':>7}{'blocks':>7}{'T':>5}{'perplexity':>11}{'α':>6}"
-          "   plain: same epochs          best epochs")  # fmt: skip
-    for domain, made in found.items():
-        if not made:
-            continue
-        held_out = load_held_out(out / domain / "corpus", load_tokenizer(base))
-        owners = sliding_protocol(held_out, 1024, 512).document_of_row  # as memdec.evaluation.ablation judges
-        (base_path,) = (out / domain).glob("base-*.safetensors")
-        of_base = torch.from_numpy(map_tensors(base_path)["log_prob"])
-        mixed = {}
-        for run in made:
-            of_memory = map_tensors(out / domain / "runs" / name_of(run.settings) / "test.safetensors")["log_prob"]
-            mixed[name_of(run.settings)] = mixture_log_prob(of_base, torch.from_numpy(of_memory), run.alpha)
-        for run in made:
-            s = run.settings
-            plain = [one for one in made if one.settings["beta"] == 0 and one.settings["layers"] == s["layers"]]
-            same = [one for one in plain if one.settings["epochs"] == s["epochs"]]
-            stands = {}
-            for name, rivals in (("plain", same), ("best_plain", plain)):
-                if not rivals:
-                    continue
-                rival = min(rivals, key=lambda one: one.validation_perplexity)
-                theirs = mixed[name_of(rival.settings)]
-                interval = relative_interval(mixed[name_of(s)], theirs, owners) if rival is not run else None
-                stands[name] = {
-                    "epochs": rival.settings["epochs"],
-                    "perplexity": rival.perplexity,
-                    "relative": run.perplexity / rival.perplexity - 1,
-                    "interval": interval,
-                }
-            rows = read_log(out / domain / "runs" / name_of(s) / "training" / LOG_NAME)
-            curve = [
-                [row["step"], row["mixture_perplexity"], row["memory_perplexity"]]
-                for row in rows
-                if "mixture_perplexity" in row
-            ]
-            seconds = sum(float(row.get("seconds", 0)) for row in rows)
-            lines.append({"domain": domain, **asdict(run), **stands, "validation": curve, "step_seconds": seconds})
-            cells = [
-                f"{at['relative']:+.1%} ({at['interval'][0]:+.1%} … {at['interval'][1]:+.1%})"
-                if at["interval"]
-                else "–"
-                for at in (stands.get("plain"), stands.get("best_plain"))
-                if at is not None
-            ]
-            who = s["teacher"] + (" (adapted)" if s["adapt_epochs"] else "")
-            print(f"{domain:8}{who:16}{s['beta']:5g}{s['epochs']:7}{s['layers'] or 'all':>7}{s['temperature'] or '':>5}"
-                  f"{run.perplexity:11.3f}{run.alpha:6.2f}   {'   '.join(f'{cell:25}' for cell in cells)}")  # fmt: skip
-        print(f"{domain:8}base alone {made[0].base_perplexity:.3f}")
+    """Print and draw all that was ever made in `out`, and write its lines."""
+    lines = [line for domain in DOMAINS for line in measured(out / domain, base)]
     content = "".join(json.dumps(finite(line), sort_keys=True) + "\n" for line in lines)
     write_file(out / "when_knn_pays.jsonl", content.encode())
+    print_table(lines)
+    for domain in DOMAINS:
+        for blocks, of_size in by_size([line for line in lines if line["domain"] == domain]):
+            name = f"when_knn_pays_{domain}_{blocks}"
+            write_file(out / f"{name}.svg", svg_file(against_plain(of_size)).encode())
+            write_file(out / f"{name}_epochs.svg", svg_file(over_epochs(of_size)).encode())
+
+
+def measured(folder: Path, base: str) -> list[dict[str, Any]]:
+    """A line a run of a domain: what was measured, and how it stands to plain fine-tuning."""
+    path = folder / "ablation.jsonl"
+    rows = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    made = [Run(**json.loads(row)) for row in rows]
+    if not made:
+        return []
+    held_out = load_held_out(folder / "corpus", load_tokenizer(base))
+    owners = sliding_protocol(held_out, 1024, 512).document_of_row  # as memdec.evaluation.ablation judges
+    (base_path,) = folder.glob("base-*.safetensors")
+    of_base = torch.from_numpy(map_tensors(base_path)["log_prob"])
+    mixed = {}
+    for run in made:
+        of_memory = map_tensors(folder / "runs" / name_of(run.settings) / "test.safetensors")["log_prob"]
+        mixed[name_of(run.settings)] = mixture_log_prob(of_base, torch.from_numpy(of_memory), run.alpha)
+    lines = []
+    for run in made:
+        s = run.settings
+        plain = [one for one in made if one.settings["beta"] == 0 and one.settings["layers"] == s["layers"]]
+        same = [one for one in plain if one.settings["epochs"] == s["epochs"]]
+        stands = {}
+        for name, rivals in (("plain", same), ("best_plain", plain)):
+            if not rivals:
+                continue
+            rival = min(rivals, key=lambda one: one.validation_perplexity)
+            theirs = mixed[name_of(rival.settings)]
+            stands[name] = {
+                "epochs": rival.settings["epochs"],
+                "perplexity": rival.perplexity,
+                "relative": run.perplexity / rival.perplexity - 1,
+                "interval": relative_interval(mixed[name_of(s)], theirs, owners) if rival is not run else None,
+            }
+        log = read_log(folder / "runs" / name_of(s) / "training" / LOG_NAME)
+        curve = [
+            [row["step"] / run.total_steps * s["epochs"], row["mixture_perplexity"], row["memory_perplexity"]]
+            for row in log
+            if "mixture_perplexity" in row
+        ]
+        seconds = sum(float(row.get("seconds", 0)) for row in log)
+        lines.append({"domain": folder.name, **asdict(run), **stands, "validation": curve, "step_seconds": seconds})
+    return lines
+
+
+def taught_by(settings: dict[str, Any]) -> str:
+    """A run's teacher for people."""
+    if settings["beta"] == 0:
+        return "plain"
+    return settings["teacher"] + (", adapted" if settings["adapt_epochs"] else "")
+
+
+def by_size(lines: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The lines of each number of blocks."""
+    sizes = dict.fromkeys(line["settings"]["layers"] for line in lines)
+    return [(str(size or "all"), [line for line in lines if line["settings"]["layers"] == size]) for size in sizes]
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    print(f"\n{'':8}{'teacher':16}{'β':>5}{'epochs':>7}{'blocks':>7}{'T':>5}{'perplexity':>11}{'α':>6}"
+          "   plain: same epochs          best epochs")  # fmt: skip
+    for line in lines:
+        s = line["settings"]
+        cells = [
+            f"{at['relative']:+.1%} ({at['interval'][0]:+.1%} … {at['interval'][1]:+.1%})" if at["interval"] else "–"
+            for at in (line.get("plain"), line.get("best_plain"))
+            if at is not None
+        ]
+        print(f"{line['domain']:8}{taught_by(s):16}{s['beta']:5g}{s['epochs']:7}{s['layers'] or 'all':>7}"
+              f"{s['temperature'] or '':>5}{line['perplexity']:11.3f}{line['alpha']:6.2f}   "
+              f"{'   '.join(f'{cell:25}' for cell in cells)}")  # fmt: skip
+    for domain, perplexity in {line["domain"]: line["base_perplexity"] for line in lines}.items():
+        print(f"{domain:8}base alone {perplexity:.3f}")
+
+
+def against_plain(lines: list[dict[str, Any]]) -> str:
+    """Every run's test perplexity over that of the best plain one."""
+    rows = []
+    for line in lines:
+        s, at = line["settings"], line.get("best_plain")
+        if at is not None:
+            name = [taught_by(s), f"{s['epochs']} epochs"] + [f"β {s['beta']:g}"] * (s["beta"] > 0)
+            name += [f"T {s['temperature']:g}"] * (s["temperature"] is not None)
+            bounds = (at["interval"][0] * 100, at["interval"][1] * 100) if at["interval"] else None
+            rows.append(Interval(" · ".join(name), at["relative"] * 100, bounds, STYLES.get(taught_by(s), "c-base")))
+    caption = "Test perplexity of base + memory against that of base + the best plainly trained memory"
+    return interval_chart(rows, caption, "% against the best plain one, with 95% intervals")
+
+
+def over_epochs(lines: list[dict[str, Any]]) -> str:
+    """Validation perplexity of the mixture while the longest runs at β 0 and 0.5 with a tuned T go on."""
+    chosen = {}
+    for line in sorted(lines, key=lambda line: line["settings"]["epochs"]):
+        s = line["settings"]
+        if s["beta"] in (0, 0.5) and s["temperature"] is None and taught_by(s) in STYLES:
+            chosen[taught_by(s)] = line
+    curves = [Line(who, [(x, y) for x, y, _ in line["validation"]], STYLES[who]) for who, line in chosen.items()]
+    return line_chart(curves, "Validation perplexity of base + memory", "epochs", "validation perplexity")
 
 
 def finite(value: Any) -> Any:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from memdec.errors import MemdecError
-from memdec.evaluation.charts import number
 from memdec.evaluation.evaluate import evaluate, pieces_of
 from memdec.evaluation.held_out import load_held_out
+from memdec.evaluation.pages import number
 from memdec.evaluation.report import render_report
 from memdec.pipeline.embed import model_fingerprint
 from memdec.stores.manifest import Manifest

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from memdec.evaluation import charts, report
+from memdec.evaluation import charts, pages, report
 
 
 def measure(method: str, label: str, perplexity: float, base: float = 20.0) -> dict:
@@ -124,10 +124,10 @@ def test_every_figure_of_the_table_is_the_jsons(evaluation):
     text = re.sub(r"<[^>]+>", " ", page)
     for entry in evaluation["measures"]:
         for key in ("perplexity", "copied_perplexity", "novel_perplexity"):
-            assert charts.number(entry[key]) in text, (entry["method"], key)
-        assert charts.number(entry["per_document"]["word_perplexity"]) in text
+            assert pages.number(entry[key]) in text, (entry["method"], key)
+        assert pages.number(entry["per_document"]["word_perplexity"]) in text
         if entry["method"] != "base":
-            assert report.percent(entry["relative"]) in text
+            assert pages.percent(entry["relative"]) in text
     assert "0.62" in text and "k" in text and "2.5" in text and "1,001" in text
     assert "The base is quantised." in text
 
@@ -206,6 +206,31 @@ def test_a_line_passes_through_its_points():
         found_y = float(low) + (py - tick_y[low]) / (tick_y[high] - tick_y[low]) * (float(high) - float(low))
         found_x = (px - tick_x["0"]) / (tick_x["1"] - tick_x["0"])
         assert found_y == pytest.approx(y, abs=0.05) and found_x == pytest.approx(x, abs=0.005)
+
+
+def test_intervals_stand_where_the_axis_says():
+    rows = [charts.Interval("a", -0.05, (-0.075, -0.02), "c-knn"), charts.Interval("b & c", 0.02, None, "c-base")]
+    svg = charts.interval_chart(rows, "caption", "difference")
+    root = ElementTree.fromstring(svg)
+    marks = {float(e.text or "nan"): float(e.attrib["x"]) for e in root.iter("text") if e.get("class") == "tick"}
+    low, high = min(marks), max(marks)
+
+    def read(x: str | float) -> float:
+        return low + (float(x) - marks[low]) / (marks[high] - marks[low]) * (high - low)
+
+    assert [read(x) for x in svg_numbers(svg, "circle", "cx")] == pytest.approx([-0.05, 0.02], abs=1e-3)
+    (line,) = [e for e in root.iter("line") if e.get("class") == "line c-knn"]
+    assert [read(line.attrib[end]) for end in ("x1", "x2")] == pytest.approx([-0.075, -0.02], abs=1e-3)
+    (axis,) = [e for e in root.iter("line") if e.get("class") == "axis"]
+    assert read(axis.attrib["x1"]) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_chart_as_a_file_has_its_colours():
+    drawn = charts.svg_file(charts.bar_chart([charts.Bar("<a>", 20.0, "", "c-base")], "caption"))
+    root = ElementTree.fromstring(drawn)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    (style,) = [e.text or "" for e in root if e.tag.endswith("style")]
+    assert "rect.c-base" in style and "--base:" in style
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (7.4, 14.8), (6.261, 6.267), (0, 123456), (5, 5)])

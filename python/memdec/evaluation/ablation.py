@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from memdec.errors import MemdecError
-from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart, number
+from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart
 from memdec.evaluation.evaluate import environment
 from memdec.evaluation.held_out import load_held_out
+from memdec.evaluation.pages import number, page_template
 from memdec.evaluation.perplexity import sliding_protocol
 from memdec.modeling.scoring import choose_dtype, load_causal_lm, mixture_log_prob, perplexity, score_tokens
 from memdec.modeling.tokenizers import load_tokenizer
@@ -327,8 +328,6 @@ def render_ablation(
     runs: Sequence[Run], grid: Mapping[str, Sequence[Any]], model: str, common: Mapping[str, str]
 ) -> str:
     """The page: a table of the runs and a plot for every setting that has several values."""
-    from memdec.evaluation.report import page_template
-
     charts = [
         {"title": axis.replace("_", " "), "svg": axis_chart(runs, axis)}
         for axis, values in grid.items()

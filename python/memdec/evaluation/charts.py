@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from memdec.evaluation.pages import number, page_template
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -15,6 +17,16 @@ class Bar:
     label: str
     value: float
     remark: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value between two bounds (None: it has none), what it stands for and its colour's CSS class."""
+
+    label: str
+    value: float
+    bounds: tuple[float, float] | None
     style: str
 
 
@@ -49,6 +61,38 @@ def bar_chart(bars: Sequence[Bar], caption: str) -> str:
             f'<tspan class="remark" dx="8">{escape(bar.remark)}</tspan></text>'
         )
     parts.append("</svg>")
+    return "".join(parts)
+
+
+def interval_chart(rows: Sequence[Interval], caption: str, x_label: str) -> str:
+    """Values as dots and their bounds as lines, one below the other, over a line at 0."""
+    left, right, row, bottom, width = 20 + round(7.2 * max(len(one.label) for one in rows)), 24, 24, 44, 760
+    ends = [0.0] + [x for one in rows for x in (one.value, *(one.bounds or ()))]
+    marks = ticks(min(ends), max(ends), 6)
+    height = row * len(rows) + bottom + 8
+
+    def at(x: float) -> float:
+        return left + (x - marks[0]) / (marks[-1] - marks[0]) * (width - left - right)
+
+    foot = height - bottom
+    parts = [_open(width, height, caption)]
+    for mark in marks:
+        kind = "axis" if mark == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="{at(mark):.1f}" x2="{at(mark):.1f}" y1="4" y2="{foot}"/>')
+        parts.append(
+            f'<text class="tick" x="{at(mark):.1f}" y="{foot + 14}" text-anchor="middle">{tick_text(mark)}</text>'
+        )
+    for index, one in enumerate(rows):
+        y = index * row + 4 + row / 2
+        parts.append(f'<text class="label" x="{left - 10}" y="{y:.1f}" text-anchor="end">{escape(one.label)}</text>')
+        if one.bounds is not None:
+            low, high = one.bounds
+            parts.append(f'<line class="line {one.style}" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="{one.style}" cx="{at(one.value):.1f}" cy="{y:.1f}" r="4"/>')
+    parts.append(
+        f'<text class="axis-name" x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">'
+        f"{escape(x_label)}</text></svg>"
+    )
     return "".join(parts)
 
 
@@ -153,6 +197,15 @@ def _open(width: int, height: int, caption: str) -> str:
     )
 
 
+def svg_file(chart: str) -> str:
+    """A chart as a file of its own, with the colours that it has in a page."""
+    style = page_template("charts.css.jinja").render()
+    head, _, rest = chart.partition(">")
+    paper = '<rect width="100%" height="100%" style="fill: var(--card)"/>'
+    font = "svg { font-family: system-ui, sans-serif; }"
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}{font}</style>{paper}{rest}\n'
+
+
 def ticks(low: float, high: float, about: int) -> list[float]:
     """Round values (1, 2 or 5 times a power of ten apart) from at most ``low`` to at least ``high``, about so many."""
     if not high > low:
@@ -170,12 +223,3 @@ def tick_text(value: float) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:g}"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A perplexity for people: three or four digits, or so many after the point."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}f}" if value < 100 else f"{value:.1f}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart, number
-from memdec.evaluation.report import page_template, percent, size
+from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart
+from memdec.evaluation.pages import number, page_template, percent, size
 
 STYLES = {
     "base": "c-base",

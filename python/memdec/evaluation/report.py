@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart, number
+from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart
+from memdec.evaluation.pages import number, page_template, percent
 
 STYLES = {"base": "c-base", "knn-lm": "c-knn", "memory": "c-memory", "base+memory": "c-mixture"}
 # Nats of gain or loss at which a token's colour is full.
 FULL_COLOUR = 3.0
 COLOUR_STEPS = 8
-
-
-def page_template(name: str) -> Any:
-    """The jinja template ``name`` beside this file, with the filters that our pages use."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    environment.filters["percent"] = percent
-    environment.filters["size"] = size
-    environment.filters["log2"] = math.log2
-    return environment.get_template(name)
 
 
 def render_report(evaluation: dict[str, Any]) -> str:
@@ -50,23 +32,6 @@ def render_report(evaluation: dict[str, Any]) -> str:
         full_colour=FULL_COLOUR,
     )
     return page
-
-
-def percent(value: float | None, digits: int = 1, sign: bool = True) -> str:
-    """``-0.358`` is ``−35.8%``."""
-    if value is None:
-        return "–"
-    text = f"{abs(value):.{digits}%}"
-    if value < 0:
-        return f"−{text}"
-    return f"+{text}" if sign and value > 0 else text
-
-
-def size(value: float | None) -> str:
-    """Bytes for people."""
-    from memdec.cli.inspect import human_bytes
-
-    return human_bytes(int(value)) if value else "–"
 
 
 def perplexity_bars(measures: list[dict[str, Any]]) -> str:
