@@ -241,7 +241,7 @@ def against_plain(lines: list[dict[str, Any]]) -> str:
         s, at = line["settings"], line.get("best_plain")
         if at is not None:
             name = [taught_by(s), f"{s['epochs']} epochs"] + [f"β {s['beta']:g}"] * (s["beta"] > 0)
-            name += [f"T {s['temperature']:g}"] * (s["temperature"] is not None)
+            name += [f"T {t:g}" for t in [s["temperature"]] if t is not None]
             bounds = (at["interval"][0] * 100, at["interval"][1] * 100) if at["interval"] else None
             rows.append(Interval(" · ".join(name), at["relative"] * 100, bounds, STYLES.get(taught_by(s), "c-base")))
     caption = "Test perplexity of base + memory against that of base + the best plainly trained memory"
