@@ -314,6 +314,7 @@ def test_a_first_try_that_came_to_nothing_does_not_bar_the_second(memdec, capsys
     )
     assert fit(memdec, tiny_model_dir, text_dir, tmp_path / "run", "--layers", "99") == 1
     assert "wanted 1 to 2" in complaint(capsys)
+    assert not (tmp_path / "run/datastore").exists()  # refused before what takes an hour
     assert fit(memdec, tiny_model_dir, text_dir, tmp_path / "run", "--layers", "1") == 0
     assert fit(memdec, tiny_model_dir, text_dir, tmp_path / "run", "--layers", "2") == 1
     assert "layers was 1, now 2" in complaint(capsys)

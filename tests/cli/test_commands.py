@@ -130,3 +130,18 @@ def test_threads_are_set(memdec, fitted, threads, monkeypatch):
         monkeypatch.setenv(name, "7")
     assert memdec("info", str(fitted), "--threads", str(threads)) == 0
     assert torch.get_num_threads() == threads
+
+
+def test_a_language_model_s_distributions_have_windows_of_their_own(memdec, capsys, tiny_model_dir, text_dir, tmp_path):
+    """Training takes them over; where a datastore has the windows, another length is refused."""
+    from memdec.stores.distribution_store import DistributionStore
+
+    run = tmp_path / "run"
+    assert memdec("corpus", str(tiny_model_dir), str(text_dir), "--out", str(run / "corpus"), *SPLIT) == 0
+    teach = ["distributions", str(run / "corpus"), "--teacher", "lm", "--model", str(tiny_model_dir), "--top-k", "8"]
+    assert memdec(*teach, "--context", "48", "--stride", "24", "--out", str(run / "teacher")) == 0
+    fields = DistributionStore.open(run / "teacher").manifest.fields
+    assert (fields["context"], fields["stride"]) == (48, 24)
+    capsys.readouterr()
+    assert memdec("distributions", str(run / "no-datastore"), "--context", "48", "--out", str(run / "knn")) == 1
+    assert "leave out --context" in capsys.readouterr().err

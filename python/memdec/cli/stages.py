@@ -332,6 +332,11 @@ def distributions(
     corpus: Annotated[Path | None, typer.Option(help="For knn-lm: the corpus that the datastore is of.")] = None,
     weight: Annotated[float | None, typer.Option(help="For knn-lm: lambda; default: tuned on validation text.")] = None,
     top_k: TopK = 64,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window, for lm and one-hot; default: 512. knn takes its datastore's."),
+    ] = None,
+    stride: Stride = None,
     device: Device = None,
     dtype: Annotated[
         str, typer.Option(help="Of the language model, for lm and knn-lm: auto, float32, bfloat16 or float16.")
@@ -358,11 +363,13 @@ def distributions(
     check_device(device)
     options = _given(model=model, weight=weight, top_k=top_k, codec=codec, device=device, dtype=dtype)
     if teacher not in ("knn", "knn-lm"):
-        made = build_teacher(teacher, open_corpus(source), out, **options)
+        made = build_teacher(teacher, open_corpus(source), out, **options, **_given(context=context, stride=stride))
         typer.echo(
             f"Distributions: {out} ({made.num_rows:,} rows, {made.nnz / max(made.num_rows, 1):.0f} tokens a row)"
         )
         return
+    if context is not None or stride is not None:
+        raise MemdecError(f"The teacher {teacher} reads the datastore's windows: leave out --context and --stride.")
     if teacher == "knn-lm" and corpus is None:
         raise MemdecError("The teacher knn-lm also needs the text: --corpus RUN/corpus.")
     made = build_distributions(
