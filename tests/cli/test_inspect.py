@@ -8,7 +8,6 @@ import json
 import pytest
 
 from memdec.cli import main
-from memdec.cli.inspect import human_bytes
 from memdec.stores.manifest import Manifest, Shard
 from memdec.stores.memory import MemoryCard, write_memory_card
 
@@ -73,8 +72,3 @@ def test_verify_finds_a_flipped_byte(run_dir, capsys):
     assert call("verify", str(run_dir)) == 1  # the memory's problem is found from the folder above, too
     error = capsys.readouterr().err
     assert "memory/model.safetensors" in error and "Traceback" not in error
-
-
-def test_sizes_for_people():
-    sizes = [human_bytes(n) for n in (0, 999, 1000, 1536, 270_000_000)]
-    assert sizes == ["0 B", "999 B", "1.0 kB", "1.5 kB", "270.0 MB"]

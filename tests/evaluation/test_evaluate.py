@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from memdec.errors import MemdecError
 from memdec.evaluation.evaluate import evaluate, pieces_of
 from memdec.evaluation.held_out import load_held_out
-from memdec.evaluation.pages import number
 from memdec.evaluation.report import render_report
 from memdec.pipeline.embed import model_fingerprint
+from memdec.readable import number
 from memdec.stores.manifest import Manifest
 
 ALPHA, CONTEXT = 0.35, 48  # as tests/evaluation/conftest.py has it

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from memdec.evaluation import charts, pages, report
+from memdec import readable
+from memdec.evaluation import charts, report
 
 
 def measure(method: str, label: str, perplexity: float, base: float = 20.0) -> dict:
@@ -124,10 +125,10 @@ def test_every_figure_of_the_table_is_the_jsons(evaluation):
     text = re.sub(r"<[^>]+>", " ", page)
     for entry in evaluation["measures"]:
         for key in ("perplexity", "copied_perplexity", "novel_perplexity"):
-            assert pages.number(entry[key]) in text, (entry["method"], key)
-        assert pages.number(entry["per_document"]["word_perplexity"]) in text
+            assert readable.number(entry[key]) in text, (entry["method"], key)
+        assert readable.number(entry["per_document"]["word_perplexity"]) in text
         if entry["method"] != "base":
-            assert pages.percent(entry["relative"]) in text
+            assert readable.percent(entry["relative"]) in text
     assert "0.62" in text and "k" in text and "2.5" in text and "1,001" in text
     assert "The base is quantised." in text
 

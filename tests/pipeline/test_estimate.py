@@ -20,7 +20,6 @@ from memdec.pipeline.estimate import (
     count_tokens,
     count_windows,
     estimate_fit,
-    format_bytes,
     read_shape,
 )
 from memdec.stores.windows import windows
@@ -317,6 +316,5 @@ def test_a_folder_goes_before_a_shape(tiny_llama, tmp_path):
     assert read_shape(folder, {str(folder): GPT2}) == read_shape(folder) != read_shape("m", {"m": GPT2})
 
 
-def test_sizes_in_words():
-    assert [format_bytes(size) for size in (999, 1e6, 2.34e9, 5e12)] == ["0.999 kB", "1 MB", "2.34 GB", "5 TB"]
+def test_operations_of_a_trunk():
     assert Shape(1, 2, 3, 4, 5, 6, None).trunk_flops(2, 10) == 2 * (2 * 2 + 4 * 3 * 5 * 10)

@@ -10,6 +10,7 @@ import typer
 
 from memdec.cli.guard import guarded
 from memdec.errors import MemdecError
+from memdec.readable import size
 
 Folder = Annotated[Path, typer.Argument(help="An artefact, a memory, or the folder of them that `memdec fit` makes.")]
 
@@ -94,14 +95,14 @@ def _describe_one(folder: Path) -> dict[str, Any] | None:
     from memdec.stores.manifest import MANIFEST_NAME, Manifest
     from memdec.stores.memory import is_memory, read_memory_card
 
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if is_memory(folder):
         card = read_memory_card(folder)
         return {
             "folder": str(folder),
             "format": "memdec.memory",
             "complete": True,
-            "bytes": size,
+            "bytes": total,
             "parameters": {"vocab_size": card.vocab_size, "tokenizer_fingerprint": card.tokenizer_fingerprint},
             "results": {"alpha": card.alpha},
             "provenance": card.provenance,
@@ -114,7 +115,7 @@ def _describe_one(folder: Path) -> dict[str, Any] | None:
         "format": manifest.format,
         "version": manifest.version,
         "complete": manifest.complete,
-        "bytes": size,
+        "bytes": total,
         "shards": len(manifest.shards),
         "rows": manifest.rows,
         "parameters": manifest.fields,
@@ -136,7 +137,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     state = "complete" if facts["complete"] else "not finished: run the command that makes it again, and it continues"
     table.add_row("state", state)
-    table.add_row("size", human_bytes(int(facts["bytes"])))
+    table.add_row("size", size(int(facts["bytes"])))
     for name in ("shards", "rows"):
         if facts.get(name):
             table.add_row(name, f"{facts[name]:,}")
@@ -151,13 +152,3 @@ def _print_facts(facts: dict[str, Any]) -> None:
 def _short(value: Any, most: int = 400) -> str:
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return text if len(text) <= most else text[:most] + " …"
-
-
-def human_bytes(size: int) -> str:
-    """A size for people: ``1536`` is ``1.5 kB``, in steps of 1000."""
-    number = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

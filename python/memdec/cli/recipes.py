@@ -104,7 +104,8 @@ def print_estimate(found: Estimate, title: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from memdec.pipeline.estimate import DEVICES, format_bytes, format_seconds
+    from memdec.pipeline.estimate import DEVICES
+    from memdec.readable import duration, size
 
     console = Console(highlight=False)
     if title is not None:
@@ -113,12 +114,12 @@ def print_estimate(found: Estimate, title: str | None) -> None:
     table.add_column("stage", "together", no_wrap=True)
     table.add_column("what it does")
     table.add_column("FLOPs", f"{found.flops:.2e}", justify="right", no_wrap=True)
-    table.add_column("time", format_seconds(3600 * found.hours), justify="right", no_wrap=True)
-    table.add_column("disk", format_bytes(found.disk), justify="right", no_wrap=True)
-    table.add_column("memory", format_bytes(max(part.memory for part in found.parts)), justify="right", no_wrap=True)
+    table.add_column("time", duration(3600 * found.hours), justify="right", no_wrap=True)
+    table.add_column("disk", size(found.disk), justify="right", no_wrap=True)
+    table.add_column("memory", size(max(part.memory for part in found.parts)), justify="right", no_wrap=True)
     for part in found.parts:
         flops = f"{part.flops:.2e}" if part.flops else "–"
-        cells = (format_seconds(part.seconds), format_bytes(part.disk), format_bytes(part.memory))
+        cells = (duration(part.seconds), size(part.disk), size(part.memory))
         table.add_row(part.name, part.what, flops, *cells)
     console.print(table)
     names = {"base": "the base", "teacher": "the teacher", "memory": "the memory"}

@@ -543,7 +543,7 @@ def print_result(result: EvaluationResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from memdec.cli.inspect import human_bytes
+    from memdec.readable import count, size
 
     settings = result.settings
     console = Console(highlight=False)
@@ -570,8 +570,8 @@ def print_result(result: EvaluationResult) -> None:
             "95% interval": "" if entry.interval is None else f"{entry.interval[0]:+.1%} … {entry.interval[1]:+.1%}",
             "word ppl": f"{per_document['word_perplexity']:.2f}" if per_document else "–",
             "byte ppl": f"{per_document['byte_perplexity']:.3f}" if per_document else "–",
-            "parameters": f"{entry.parameters / 1e6:.0f}M" if entry.parameters >= 1e6 else f"{entry.parameters:,}",
-            "extra disk": human_bytes(entry.extra_bytes) if entry.extra_bytes else "–",
+            "parameters": count(entry.parameters),
+            "extra disk": size(entry.extra_bytes),
             "tokens/s": f"{scored / entry.seconds:,.0f}" if entry.seconds > 0 else "–",
         }
         best = entry.perplexity == min(other.perplexity for other in result.measures)

@@ -21,6 +21,7 @@ from memdec.demo.model import MODEL_LABEL, default_cache_dir, smollm2_folder
 from memdec.demo.plan import MINUTES, measure_speeds, plan, recall_size, remember_size, tokens_within
 from memdec.demo.text import transformers_docstrings, write_documents
 from memdec.errors import MemdecError
+from memdec.readable import size
 from memdec.stores.atomic import write_file
 
 if TYPE_CHECKING:
@@ -93,14 +94,14 @@ def run_demo(
     }
     finished = (out / "memory" / "memory_config.json").is_file()
     speeds = None if finished else measure_speeds(base)
-    size = max_tokens or recall_size(out) or tokens_within(MINUTES, speeds or measure_speeds(base), options)
-    remember_size(out, size)
+    tokens = max_tokens or recall_size(out) or tokens_within(MINUTES, speeds or measure_speeds(base), options)
+    remember_size(out, tokens)
     if text is None:
         say(
             "2. The text: what the installed transformers documents about models of 2025 and later, newer than the "
             "base."
         )
-        source, remark = domain_text(out, size, say)
+        source, remark = domain_text(out, tokens, say)
         notes += remark
     else:
         say(f"2. The text: {text}.")
@@ -110,9 +111,9 @@ def run_demo(
         say(f"3. The memory is there already, in {out / 'memory'}.")
     else:
         say("3. Making the memory. The plan, from a quick trial on this machine:")
-        for line in plan(speeds, size, options):
+        for line in plan(speeds, tokens, options):
             say(f"     {line}")
-    memory = fit(base, source, out, max_tokens=size, **options)
+    memory = fit(base, source, out, max_tokens=tokens, **options)
 
     say(
         "4. Measuring on text that was held out: the base, a search for neighbours (kNN-LM), the memory, and base + "
@@ -199,6 +200,6 @@ def verdict(result: EvaluationResult, minutes: float) -> list[str]:
         return lines
     lines.append(
         f"The search that the memory imitates gets {knn.perplexity:.1f}, but has to be carried along: "
-        f"{knn.extra_bytes / 1e6:,.0f} MB for this text and growing with it, and a search at every token."
+        f"{size(knn.extra_bytes)} for this text and growing with it, and a search at every token."
     )
     return lines

@@ -32,7 +32,7 @@ from memdec.errors import MemdecError
 from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart
 from memdec.evaluation.evaluate import environment
 from memdec.evaluation.held_out import load_held_out
-from memdec.evaluation.pages import number, page_template
+from memdec.evaluation.pages import page_template
 from memdec.evaluation.perplexity import sliding_protocol
 from memdec.modeling.scoring import choose_dtype, load_causal_lm, mixture_log_prob, perplexity, score_tokens
 from memdec.modeling.tokenizers import load_tokenizer
@@ -45,6 +45,7 @@ from memdec.pipeline.fit import fit
 from memdec.pipeline.progress import progress
 from memdec.pipeline.teachers import TEACHERS, build_teacher
 from memdec.pipeline.train import Settings, files_fingerprint, model_name, train_memory
+from memdec.readable import number
 from memdec.stores.atomic import folder_lock, make_folder, write_file
 from memdec.stores.corpus import Corpus
 from memdec.stores.distribution_store import DistributionStore

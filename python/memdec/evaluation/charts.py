@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from memdec.evaluation.pages import number, page_template
+from memdec.evaluation.pages import page_template
+from memdec.readable import number
 
 
 @dataclass(frozen=True)

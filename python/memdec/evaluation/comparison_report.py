@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart
-from memdec.evaluation.pages import number, page_template, percent, size
+from memdec.evaluation.pages import page_template
+from memdec.readable import count, duration, number, percent, size
 
 STYLES = {
     "base": "c-base",
@@ -48,22 +49,6 @@ def cells(entry: dict[str, Any]) -> dict[str, str]:
         "training": duration(entry["training_seconds"]),
         "FLOPs": "–" if not entry["training_flops"] else f"{entry['training_flops']:.1e}",
     }
-
-
-def count(value: int) -> str:
-    """Parameters for people."""
-    if not value:
-        return "–"
-    return f"{value / 1e6:.1f}M" if value >= 1e5 else f"{value:,}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if not seconds:
-        return "–"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def markdown_table(comparison: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart
-from memdec.evaluation.pages import number, page_template, percent
+from memdec.evaluation.pages import page_template
+from memdec.readable import number, percent
 
 STYLES = {"base": "c-base", "knn-lm": "c-knn", "memory": "c-memory", "base+memory": "c-mixture"}
 # Nats of gain or loss at which a token's colour is full.

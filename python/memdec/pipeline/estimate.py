@@ -591,30 +591,3 @@ def _config_of_shape(name: str, shape: dict[str, Any]) -> Any:
         return AutoConfig.for_model(kind, **shape)
     except (ValueError, TypeError) as error:
         raise MemdecError(f'[shapes."{name}"] is no configuration of {kind}: {first_line(error)}') from error
-
-
-def format_bytes(size: float) -> str:
-    """A size as one would say it.
-
-    >>> format_bytes(0), format_bytes(123_456), format_bytes(3.2e12)
-    ('–', '123 kB', '3.2 TB')
-    """
-    if not size:
-        return "–"
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration as one would say it.
-
-    >>> format_seconds(0), format_seconds(40), format_seconds(600), format_seconds(7200), format_seconds(3e6)
-    ('–', '40 s', '10 min', '2 h', '833 h')
-    """
-    if not seconds:
-        return "–"
-    if seconds < 120:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

@@ -15,20 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from memdec.readable import count
+
 
 class _Rate(ProgressColumn):
     """Units a second, with k and M for thousands and millions."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{_short(speed)} {task.fields['unit']}/s", style="progress.data.speed")
-
-
-def _short(number: float) -> str:
-    for limit, suffix in ((1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{suffix}"
-    return f"{number:.3g}"
+        return Text("" if speed is None else f"{count(speed)} {task.fields['unit']}/s", style="progress.data.speed")
 
 
 @contextmanager
