@@ -1,11 +1,12 @@
-"""When does the kNN signal earn its cost? A grid of memories on two domains, the most telling runs first.
+"""When does the kNN signal earn its cost? A grid of memories on four domains, the most telling runs first.
 
-    python bench/when_knn_pays.py OUT --device cuda [--manual DIR] [--base DIR] [--tokens 150000] [--parts teacher,beta]
+    python bench/when_knn_pays.py OUT --device cuda [--manual DIR] [--base DIR] [--tokens N] [--parts retriever,small]
 
-The domains are the PostgreSQL 15 manual, on which a kNN-LM helps SmolLM2-135M little, and the demo's text, full of near
-repetitions, on which it halves the perplexity. Varied are what teaches, β, the epochs, T and the memory's size, in the
-order of `PARTS`: whenever it is stopped (best by `timeout -s INT`), what is there answers the first questions. The
-same command goes on; what runs share (corpus, datastores, neighbours, the adapted model) is made once.
+The domains are the PostgreSQL 15 manual, the demo's text (full of near repetitions, so that a kNN-LM halves the
+perplexity), the docstrings of torch's layers and optimisers, and Python's own reference (which the base knows). Varied
+are what teaches, β, the epochs, T and the memory's size, in the order of `PARTS`: whenever it is stopped (best by
+`timeout -s INT`), what is there answers the first questions. The same command goes on; what runs share (corpus,
+datastores, neighbours, the adapted model) is made once.
 
 OUT/when_knn_pays.jsonl has a line a run: settings, test perplexity of base + memory, what each evaluation measured,
 and how it stands to plain fine-tuning (the teacher one-hot) of the same size, at the same epochs and at the epochs that
@@ -22,6 +23,7 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from memdec.demo.model import default_cache_dir, smollm2_folder
 from memdec.demo.run import domain_text
+from memdec.demo.text import docstrings_of
 from memdec.evaluation.ablation import Run, ablate, name_of
 from memdec.evaluation.charts import Interval, Line, interval_chart, line_chart, svg_file
 from memdec.evaluation.evaluate import read_log
@@ -40,7 +43,7 @@ from memdec.pipeline.train import LOG_NAME
 from memdec.stores.atomic import write_file
 from memdec.stores.tensors import map_tensors
 
-DOMAINS = ("manual", "demo")
+DOMAINS = ("manual", "demo", "torch", "python")
 MANUAL = Path("/usr/share/doc/postgresql-doc-15/html")  # where Debian's postgresql-doc-15 puts it
 FRACTIONS = (0.8, 0.07, 0.13)  # a long test text: what is compared differs by a percent
 ADAPT = 3  # epochs of the adapted teacher
@@ -72,6 +75,8 @@ def runs(size: Grid, epochs: list[int], *who: Grid) -> list[Grid]:
 
 # Every question with the runs that answer it.
 PARTS: dict[str, list[Grid]] = {
+    # Is the signal worth what the retriever is worth?
+    "retriever": runs(FOUR, [8], PLAIN, taught("knn", 0)),
     # Which teacher? Plain fine-tuning also at the steps that adaptation and memory take together, and the adapted
     # model's own distribution without neighbours: is it the kNN signal, or distillation?
     "teacher": runs(
@@ -83,9 +88,7 @@ PARTS: dict[str, list[Grid]] = {
     # Does it overfit later?
     "epochs": runs(WHOLE, [8], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0)),
     # Does a small memory need it more?
-    "small": runs(
-        FOUR, [8], PLAIN, taught("knn", 0), taught("knn-lm", 0), taught("knn-lm", ADAPT), taught("lm", ADAPT)
-    ),
+    "small": runs(FOUR, [8], taught("knn-lm", 0), taught("knn-lm", ADAPT), taught("lm", ADAPT)),
     "small-beta": runs(FOUR, [8], taught("knn", 0, 0.25, 0.75, 1.0)),
     "small-epochs": runs(FOUR, [20], PLAIN, taught("knn", 0)),
     "small-temperature": runs(FOUR, [8], taught("knn", 0, temperatures=(0.5, 1.0, 4.0))),
@@ -135,6 +138,10 @@ def main() -> None:
     texts = {"manual": options.manual, "demo": options.demo_text}
     if "demo" in domains and options.demo_text is None:
         texts["demo"], _ = domain_text(options.out / "demo", options.tokens, print)
+    if "torch" in domains:
+        texts["torch"] = written(options.out / "torch" / "text", torch_docstrings())
+    if "python" in domains:
+        texts["python"] = written(options.out / "python" / "text", topics)
     # The first question on both domains before the second on either; then fewer turns, because each opens its models.
     turns = [(turn, domain) for turn in (parts[:1], parts[1:4], parts[4:]) for domain in domains if turn]
     try:
@@ -146,6 +153,25 @@ def main() -> None:
         sys.exit(130)
     finally:
         report(options.out, base)
+
+
+def torch_docstrings() -> dict[str, str]:
+    """What the installed torch says of its layers, optimisers and distributions, a source file a document."""
+    found = {}
+    for part in ("nn", "optim", "distributions"):
+        for path in sorted((Path(torch.__file__).parent / part).rglob("*.py")):
+            text = "\n\n".join(docstrings_of(path.read_text(encoding="utf-8")))
+            if len(text) > 1000:
+                found[str(path.relative_to(Path(torch.__file__).parent).with_suffix("")).replace("/", ".")] = text
+    return found
+
+
+def written(folder: Path, documents: dict[str, str]) -> Path:
+    """The documents as files of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in documents.items():
+        write_file(folder / f"{name.replace('/', '_')}.txt", text.encode())
+    return folder
 
 
 def report(out: Path, base: str) -> None:
