@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from memdec.demo.model import default_cache_dir, smollm2_folder
 from memdec.demo.run import domain_text
 from memdec.demo.text import docstrings_of
-from memdec.evaluation.ablation import Run, ablate, name_of
+from memdec.evaluation.ablation import Run, ablate, name_of, slug
 from memdec.evaluation.charts import Interval, Line, interval_chart, line_chart, svg_file
 from memdec.evaluation.evaluate import read_log
 from memdec.evaluation.held_out import load_held_out
@@ -41,6 +41,7 @@ from memdec.modeling.scoring import mixture_log_prob
 from memdec.modeling.tokenizers import load_tokenizer
 from memdec.pipeline.train import LOG_NAME
 from memdec.stores.atomic import write_file
+from memdec.stores.manifest import Manifest
 from memdec.stores.tensors import map_tensors
 
 DOMAINS = ("manual", "demo", "torch", "python")
@@ -202,6 +203,8 @@ def measured(folder: Path, base: str) -> list[dict[str, Any]]:
     for run in made:
         of_memory = map_tensors(folder / "runs" / name_of(run.settings) / "test.safetensors")["log_prob"]
         mixed[name_of(run.settings)] = mixture_log_prob(of_base, torch.from_numpy(of_memory), run.alpha)
+    knn = folder / f"distributions-{name_of({'of': slug(base), 'temperature': None})}"
+    retriever = Manifest.load(knn).results["knn_lm"] if knn.is_dir() else None
     lines = []
     for run in made:
         s = run.settings
@@ -226,7 +229,16 @@ def measured(folder: Path, base: str) -> list[dict[str, Any]]:
             if "mixture_perplexity" in row
         ]
         seconds = sum(float(row.get("seconds", 0)) for row in log)
-        lines.append({"domain": folder.name, **asdict(run), **stands, "validation": curve, "step_seconds": seconds})
+        lines.append(
+            {
+                "domain": folder.name,
+                **asdict(run),
+                **stands,
+                "validation": curve,
+                "step_seconds": seconds,
+                "retriever": retriever,
+            }
+        )
     return lines
 
 
@@ -256,8 +268,11 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         print(f"{line['domain']:8}{taught_by(s):16}{s['beta']:5g}{s['epochs']:7}{s['layers'] or 'all':>7}"
               f"{s['temperature'] or '':>5}{line['perplexity']:11.3f}{line['alpha']:6.2f}   "
               f"{'   '.join(f'{cell:25}' for cell in cells)}")  # fmt: skip
-    for domain, perplexity in {line["domain"]: line["base_perplexity"] for line in lines}.items():
-        print(f"{domain:8}base alone {perplexity:.3f}")
+    for domain, line in {line["domain"]: line for line in lines}.items():
+        print(f"{domain:8}base alone {line['base_perplexity']:.3f}")
+        if line["retriever"]:
+            worth = line["retriever"]["perplexity"] / line["retriever"]["base_perplexity"] - 1
+            print(f"{domain:8}the base's own kNN-LM on validation text {worth:+.1%}")
 
 
 def against_plain(lines: list[dict[str, Any]]) -> str:
