@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,42 +163,9 @@ def fit(
       memdec fit path/to/model text --out grid --ablate beta=0,0.5,1 --ablate epochs=1,3     which settings matter
       memdec fit --recipe recipes/wikitext103-gpt2.toml --dry-run --on h100     what a published run would cost
     """
+    options = _given(locals(), but="model source out ablate recipe dry_run on tokens utilisation as_json")
     from memdec.pipeline.fit import fit as run_fit
 
-    options = _given(
-        fractions=parse_fractions(fractions),
-        seed=seed,
-        text_field=text_field,
-        workers=workers,
-        max_tokens=max_tokens,
-        validation=validation,
-        test=test,
-        context=context,
-        stride=stride,
-        layer=layer,
-        k=k,
-        temperature=temperature,
-        backend=backend,
-        exclude_same_document=exclude_same_document,
-        memory_limit=memory_limit,
-        teacher=teacher,
-        teacher_model=teacher_model,
-        adapt_epochs=adapt_epochs,
-        top_k=top_k,
-        init=init,
-        layers=layers,
-        epochs=epochs,
-        max_steps=max_steps,
-        beta=beta,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        eval_every=eval_every,
-        save_every=save_every,
-        device=device,
-        dtype=dtype,
-    )
     options = complete(recipe, options)
     if dry_run or as_json:
         if ablate:
@@ -254,20 +223,10 @@ def corpus(
     Example:
       memdec corpus path/to/model path/to/text --out run/corpus
     """
+    options = _given(locals(), but="model source out")
     from memdec.pipeline.corpus import build_corpus
 
-    made = build_corpus(
-        source,
-        model,
-        out,
-        fractions=parse_fractions(fractions),
-        seed=seed,
-        text_field=text_field,
-        workers=workers,
-        max_tokens=max_tokens,
-        validation=validation,
-        test=test,
-    )
+    made = build_corpus(source, model, out, **options)
     counts = ", ".join(
         f"{made.split(name).num_tokens:,} tokens in {made.split(name).num_documents:,} documents for {name}"
         for name in ("train", "validation", "test")
@@ -294,22 +253,10 @@ def datastore(
     Example:
       memdec datastore path/to/model run/corpus --out run/datastore
     """
+    options = _given(locals(), but="model corpus out")
     from memdec.pipeline.embed import build_datastore
 
-    made = build_datastore(
-        model,
-        open_corpus(corpus),
-        out,
-        **_given(
-            context=context,
-            stride=stride,
-            layer=layer,
-            batch_size=batch_size,
-            validation_rows=validation_rows,
-            device=device,
-            dtype=dtype,
-        ),
-    )
+    made = build_datastore(model, open_corpus(corpus), out, **options)
     typer.echo(f"Datastore: {out} ({made.num_rows:,} keys of {made.dim} numbers)")
 
 
@@ -353,42 +300,26 @@ def distributions(
       memdec distributions run/corpus --teacher lm --model path/to/model --out run/teacher-lm
       memdec distributions run/datastore --teacher knn-lm --model path/to/model --corpus run/corpus --out run/teacher
     """
+    options = _given(locals(), but="source out teacher corpus")
     from memdec.modeling.scoring import check_device
     from memdec.pipeline.distributions import build_distributions
     from memdec.pipeline.embed import default_device
     from memdec.pipeline.teachers import build_teacher
     from memdec.stores.datastore import Datastore
 
-    device = default_device() if device is None else device
-    check_device(device)
-    options = _given(model=model, weight=weight, top_k=top_k, codec=codec, device=device, dtype=dtype)
-    if teacher not in ("knn", "knn-lm"):
-        made = build_teacher(teacher, open_corpus(source), out, **options, **_given(context=context, stride=stride))
-        typer.echo(
-            f"Distributions: {out} ({made.num_rows:,} rows, {made.nnz / max(made.num_rows, 1):.0f} tokens a row)"
-        )
-        return
-    if context is not None or stride is not None:
-        raise MemdecError(f"The teacher {teacher} reads the datastore's windows: leave out --context and --stride.")
-    if teacher == "knn-lm" and corpus is None:
-        raise MemdecError("The teacher knn-lm also needs the text: --corpus RUN/corpus.")
-    made = build_distributions(
-        Datastore.open(source),
-        out if teacher == "knn" else out.with_name(f"{out.name}-knn"),
-        **_given(
-            k=k,
-            temperature=temperature,
-            backend=backend,
-            exclude_same_document=exclude_same_document,
-            min_prob=min_prob,
-            codec=codec,
-            memory_limit=memory_limit,
-            device=device,
-        ),
-    )
-    if teacher == "knn-lm":
-        assert corpus is not None
-        made = build_teacher(teacher, open_corpus(corpus), out, knn=made, **options)
+    options.setdefault("device", default_device())
+    check_device(options["device"])
+    if teacher in ("knn", "knn-lm"):
+        if context is not None or stride is not None:
+            raise MemdecError(f"The teacher {teacher} reads the datastore's windows: leave out --context and --stride.")
+        if teacher == "knn-lm" and corpus is None:
+            raise MemdecError("The teacher knn-lm also needs the text: --corpus RUN/corpus.")
+        found = out if teacher == "knn" else out.with_name(f"{out.name}-knn")
+        made = build_distributions(Datastore.open(source), found, **_known(options, build_distributions))
+        if corpus is not None and teacher == "knn-lm":
+            made = build_teacher(teacher, open_corpus(corpus), out, knn=made, **_known(options, build_teacher))
+    else:
+        made = build_teacher(teacher, open_corpus(source), out, **_known(options, build_teacher))
     typer.echo(f"Distributions: {out} ({made.num_rows:,} rows, {made.nnz / max(made.num_rows, 1):.0f} tokens a row)")
 
 
@@ -424,32 +355,10 @@ def train(
       memdec train path/to/model run/corpus run/distributions --out run
       torchrun --nproc-per-node 4 -m memdec train path/to/model run/corpus run/distributions --out run
     """
+    options = _given(locals(), but="init corpus distributions out")
     from memdec.pipeline.train import train_memory
 
-    made = train_memory(
-        init,
-        open_corpus(corpus),
-        distributions,
-        out,
-        **_given(
-            base=base,
-            layers=layers,
-            epochs=epochs,
-            max_steps=max_steps,
-            beta=beta,
-            batch_size=batch_size,
-            gradient_accumulation=gradient_accumulation,
-            context=context,
-            stride=stride,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            seed=seed,
-            eval_every=eval_every,
-            save_every=save_every,
-            device=device,
-            dtype=dtype,
-        ),
-    )
+    made = train_memory(init, open_corpus(corpus), distributions, out, **options)
     typer.echo(f"Memory: {made}")
 
 
@@ -501,39 +410,10 @@ def transfer(
       memdec transfer run/memory --to path/to/other-model --corpus path/to/text --out other-run --share 0.3
       memdec transfer run/memory --to path/to/other-model --corpus path/to/text --out control --how random
     """
+    options = _given(locals(), but="memory to corpus out steps")
     from memdec.pipeline.transfer import transfer as run_transfer
 
-    made = run_transfer(
-        memory,
-        to,
-        corpus,
-        out,
-        share=share,
-        how=how,
-        **_given(
-            max_steps=steps,
-            fractions=parse_fractions(fractions),
-            seed=seed,
-            text_field=text_field,
-            workers=workers,
-            max_tokens=max_tokens,
-            validation=validation,
-            test=test,
-            context=context,
-            layer=layer,
-            k=k,
-            temperature=temperature,
-            backend=backend,
-            memory_limit=memory_limit,
-            beta=beta,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            eval_every=eval_every,
-            save_every=save_every,
-            device=device,
-            dtype=dtype,
-        ),
-    )
+    made = run_transfer(memory, to, corpus, out, max_steps=steps, **options)
     typer.echo(f"Memory: {made}")
     typer.echo(f'Try it: memdec generate --base {to} --memory {made} --side-by-side "..."')
 
@@ -564,6 +444,15 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that are not None: for the others the stage's own default holds."""
-    return {name: value for name, value in options.items() if value is not None}
+def _given(parameters: Mapping[str, Any], but: str) -> dict[str, Any]:
+    """A command's parameters that its stage knows by the same names, but for those that are None: there the stage's own
+    default holds."""
+    options = {name: value for name, value in parameters.items() if value is not None and name not in but.split()}
+    if "fractions" in options:
+        options["fractions"] = parse_fractions(options["fractions"])
+    return options
+
+
+def _known(options: Mapping[str, Any], stage: Callable[..., Any]) -> dict[str, Any]:
+    """Those of the options that the stage takes."""
+    return {name: value for name, value in options.items() if name in inspect.signature(stage).parameters}
