@@ -1,4 +1,5 @@
-"""What stands between a command and the user when something goes wrong: one clear message, the right exit status.
+"""What stands between a command and the user: remarks on its way, and, when something goes wrong, one clear message and
+the right exit status.
 
 =====================  ==============================================================  ======
 what happened          what is printed                                                 status
@@ -119,3 +120,9 @@ def fail(message: str, status: int) -> None:
     colour = typer.colors.RED if status != 130 else typer.colors.YELLOW
     typer.secho(message, fg=colour, err=True)
     raise typer.Exit(status) from None
+
+
+def remark(line: str) -> None:
+    """Say a line about what is being done, on standard error; nothing under --quiet."""
+    if not SETTINGS.quiet:
+        typer.echo(line, err=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memdec.cli.guard import guarded
+from memdec.cli.guard import guarded, remark
 from memdec.cli.recipes import AsJson, DryRun, On, RecipeFile, Tokens, Utilisation, complete, estimate
 from memdec.errors import MemdecError
 
@@ -186,7 +186,6 @@ def ablate_settings(model: str, source: str, out: Path, parts: list[str], option
     from rich.console import Console
     from rich.table import Table
 
-    from memdec.cli.use import remark
     from memdec.evaluation.ablation import ablate, parse_grid
 
     grid = parse_grid(parts)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memdec.cli.guard import guarded
-from memdec.cli.use import MEMORY, Base, Device, Dtype, remark
+from memdec.cli.guard import guarded, remark
+from memdec.cli.use import MEMORY, Base, Device, Dtype
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:

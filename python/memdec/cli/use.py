@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memdec.cli import guard
-from memdec.cli.guard import guarded
+from memdec.cli.guard import guarded, remark
 from memdec.cli.recipes import RecipeFile
 from memdec.errors import MemdecError
 
@@ -444,12 +443,6 @@ def demo(
     result, paths = run_demo(out, max_tokens=tokens, model=model, text=text, say=remark)
     print_result(result)
     typer.echo(f"Report: {paths['report']}   figures: {paths['json']}   memory: {out / 'memory'}")
-
-
-def remark(line: str) -> None:
-    """Say a line about what is being done, on standard error; nothing under --quiet."""
-    if not guard.SETTINGS.quiet:
-        typer.echo(line, err=True)
 
 
 def _heading(line: str) -> None:

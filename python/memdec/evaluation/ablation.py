@@ -35,12 +35,12 @@ from memdec.evaluation.held_out import load_held_out
 from memdec.evaluation.pages import page_template
 from memdec.evaluation.perplexity import sliding_protocol
 from memdec.modeling.scoring import choose_dtype, load_causal_lm, mixture_log_prob, perplexity, score_tokens
+from memdec.modeling.sources import read_config
 from memdec.modeling.tokenizers import load_tokenizer
 from memdec.pipeline.adapt import SHARED, adapt_model, check_adaptation
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions
 from memdec.pipeline.embed import build_datastore, default_device
-from memdec.pipeline.estimate import read_config
 from memdec.pipeline.fit import fit
 from memdec.pipeline.progress import progress
 from memdec.pipeline.teachers import TEACHERS, build_teacher
@@ -258,7 +258,7 @@ class _Judge:
     def __init__(self, model: Any, folder: Path, options: Mapping[str, Any]) -> None:
         self.dtype, self.device = options.get("dtype", "auto"), options.get("device") or default_device()
         held_out = load_held_out(folder / "corpus", load_tokenizer(model))
-        limit = getattr(read_config(model, {}).get_text_config(), "max_position_embeddings", None) or 1024
+        limit = getattr(read_config(model).get_text_config(), "max_position_embeddings", None) or 1024
         context = min(1024, int(limit))
         self.protocol = sliding_protocol(held_out, context, max(1, context // 2))
         told = hashlib.sha256(f"{model_name(model)} {files_fingerprint(model)} {self.dtype}".encode()).hexdigest()

@@ -36,8 +36,9 @@ from memdec.errors import MemdecError
 from memdec.modeling.cache import CACHE_NAMES, GENERATION_CACHE, TwinCache, cache_name, cache_of
 from memdec.modeling.configuration import MemoryModelConfig
 from memdec.modeling.scoring import chunked_log_prob, load_causal_lm, mixture_log_prob, vocabulary_width
+from memdec.modeling.sources import locate
 from memdec.modeling.structure import bare, input_device
-from memdec.modeling.tokenizers import compare, fingerprint, load_tokenizer, locate, width
+from memdec.modeling.tokenizers import compare, fingerprint, load_tokenizer, width
 from memdec.ops import interpolate
 from memdec.stores.memory import CARD_NAME, MemoryCard, read_memory_card, write_memory_card, write_model_card
 

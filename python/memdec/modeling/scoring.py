@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from memdec.errors import MemdecError
+from memdec.modeling.sources import first_line, locate
 from memdec.modeling.structure import head_is_plain, input_device, logits_from_hidden, output_head, trunk
-from memdec.modeling.tokenizers import first_line, locate
 from memdec.ops import launch, token_log_prob
 
 LOGGER = logging.getLogger(__name__)

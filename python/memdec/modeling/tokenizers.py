@@ -12,14 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from memdec.errors import MemdecError
-from memdec.stores.manifest import MANIFEST_NAME
-from memdec.stores.memory import is_memory, read_memory_card
+from memdec.modeling.sources import first_line, locate
 
 SHOWN_DIFFERENCES = 3
 
@@ -45,48 +43,6 @@ def load_tokenizer(source: str | PathLike[str]) -> Any:
             "Save the right one beside the model with tokenizer.save_pretrained(folder)."
         )
     return tokenizer
-
-
-def locate(source: str | PathLike[str]) -> tuple[str, dict[str, str]]:
-    """What ``from_pretrained`` wants for `source`: the folder (or hub id) and further options (``gguf_file``).
-
-    Raises:
-        MemdecError: `source` looks like a path, and there is nothing.
-    """
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise MemdecError(f"{source} is not a file; give the path of a .gguf file, a model folder or a hub id.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        refuse_artefact(path)
-        return str(path), {}
-    if path.is_file():
-        raise MemdecError(f"{source} is a file; a model is a folder (with config.json), a hub id or a .gguf file.")
-    name = str(source)
-    # A hub id is NAME or OWNER/NAME; whatever else was written was meant as a path.
-    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise MemdecError(f"the folder {source} does not exist; check the path, or give a hub id such as OWNER/NAME.")
-    return name, {}
-
-
-def refuse_artefact(folder: Path) -> None:
-    """Raise ``MemdecError`` for a folder of memdec's that is no model: a run's, or a stage's."""
-    if (folder / "config.json").is_file():
-        return
-    if is_memory(folder / "memory"):
-        read_memory_card(folder)  # whose message says where the memory is
-    if (folder / MANIFEST_NAME).is_file():
-        raise MemdecError(
-            f"{folder} is a stage's folder (it has a {MANIFEST_NAME}) and no model; a run's memory is in its folder "
-            "`memory`."
-        )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, as one sentence: what other libraries raise can fill a page."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-    return line if line.endswith((".", "!", "?")) else line + "."
 
 
 def width(tokenizer: Any) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from memdec.errors import MemdecError
+from memdec.modeling.sources import read_config
 from memdec.pipeline.embed import DEFAULT_CONTEXT
 from memdec.pipeline.teachers import build_teacher
 from memdec.pipeline.train import Settings, train_memory
@@ -66,12 +67,10 @@ def adapt_model(
     Raises:
         MemdecError: as ``train_memory``.
     """
-    from memdec.pipeline.estimate import read_config
-
     out = Path(out)
     context = options.pop("context", None)
     if context is None:
-        positions = getattr(read_config(model, {}).get_text_config(), "max_position_embeddings", None)
+        positions = getattr(read_config(model).get_text_config(), "max_position_embeddings", None)
         context = min(DEFAULT_CONTEXT, int(positions or DEFAULT_CONTEXT) + 1)
     stride = options.pop("stride", None)
     teacher = build_teacher("one-hot", corpus, out / "teacher", context=context, stride=stride)

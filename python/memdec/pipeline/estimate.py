@@ -33,7 +33,6 @@ activation functions, the optimiser's own sums, file headers).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -45,11 +44,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from memdec.errors import MemdecError
+from memdec.modeling.sources import first_line, read_config
 from memdec.modeling.structure import key_width, output_head, text_config, trunk
-from memdec.modeling.tokenizers import first_line, load_tokenizer, locate
+from memdec.modeling.tokenizers import load_tokenizer
 from memdec.pipeline.adapt import check_adaptation
 from memdec.pipeline.batches import steps_in_epoch
 from memdec.pipeline.distributions import check_search
@@ -529,7 +529,7 @@ def read_shape(
     Raises:
         MemdecError: there is no configuration, it is of no causal LM, or the model has fewer blocks than `layers`.
     """
-    config = read_config(model, shapes or {})
+    config = read_config(model, shapes)
     try:
         with torch.device("meta"):
             made: Any = AutoModelForCausalLM.from_config(config)
@@ -555,39 +555,3 @@ def read_shape(
         vocabulary=int(cast(Tensor, output_head(made).weight).shape[0]),
         positions=getattr(facts, "max_position_embeddings", None),
     )
-
-
-def read_config(model: str | os.PathLike[str], shapes: Mapping[str, Mapping[str, Any]]) -> Any:
-    """A model's transformers configuration: what lies on this machine, else what `shapes` says, else the hub's.
-
-    Raises:
-        MemdecError: there is none, or a key of the shape is unknown to its kind of model.
-    """
-    name = os.fspath(model)
-    if name in shapes and not Path(name).expanduser().exists():
-        return _config_of_shape(name, dict(shapes[name]))
-    folder, options = locate(model)
-    try:
-        return AutoConfig.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise MemdecError(
-            f"{model} has no configuration that can be read: {first_line(error)} Check the name; without a network, "
-            f'write its sizes into a recipe, under [shapes."{model}"].'
-        ) from error
-
-
-def _config_of_shape(name: str, shape: dict[str, Any]) -> Any:
-    kind = shape.pop("model_type")
-    try:
-        plain = AutoConfig.for_model(kind)
-    except (ValueError, KeyError) as error:
-        raise MemdecError(f'[shapes."{name}"]: transformers knows no model_type {kind!r}.') from error
-    for key in shape:
-        if not hasattr(plain, key):
-            near = difflib.get_close_matches(key, plain.to_dict(), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise MemdecError(f'[shapes."{name}"]: a configuration of {kind} has no {key}.{hint}')
-    try:
-        return AutoConfig.for_model(kind, **shape)
-    except (ValueError, TypeError) as error:
-        raise MemdecError(f'[shapes."{name}"] is no configuration of {kind}: {first_line(error)}') from error

@@ -21,12 +21,12 @@ import torch
 
 from memdec.errors import MemdecError
 from memdec.modeling.scoring import check_device
+from memdec.modeling.sources import read_config
 from memdec.modeling.tokenizers import compare, load_tokenizer
 from memdec.pipeline.adapt import SHARED, adapt_model, check_adaptation
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions, check_search
 from memdec.pipeline.embed import build_datastore, default_device
-from memdec.pipeline.estimate import read_config
 from memdec.pipeline.initialise import choose_blocks
 from memdec.pipeline.search import load_faiss
 from memdec.pipeline.teachers import DEFAULT_TOP_K, TEACHERS, build_teacher
@@ -175,7 +175,7 @@ def fit(
         raise MemdecError(f"--teacher is {teacher!r}; wanted one of {', '.join(TEACHERS)}.")
     check_adaptation(adapt_epochs, teacher)
     if layers is not None:
-        config = read_config(model if init is None else init, {}).get_text_config()
+        config = read_config(model if init is None else init).get_text_config()
         choose_blocks(int(config.num_hidden_layers), layers)
     if init is not None:
         compare(load_tokenizer(model), load_tokenizer(init), base_name=str(model), memory_name=str(init))
