@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from memdec import SparseDistributions, ops
 from memdec.ops import reference
+from memdec.ops.mixture import described_pair, plain_pair
+from memdec.ops.rows import plain_indices, plain_rows
 
 NAN, INF = math.nan, math.inf
 
@@ -310,3 +313,111 @@ def test_anything_at_all(device, data):
     for warpers in ({}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}):
         tokens = ops.interpolate_sample(base, memory, alpha, seed=data.draw(st.integers(0, 2**64 - 1)), **warpers)
         assert ((tokens >= -1) & (tokens < vocab)).all()
+
+
+# ---------------------------------------------------------------------------------------------------- the common kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 32), (7, 1), (3, 5, 11), (1, 1, 1, 9)])
+def test_the_common_kind_is_described_as_the_full_path_does(dtype, shape):
+    base, memory = pair(*shape, dtype=dtype)
+    found = plain_pair(base, memory, 0.25)
+    assert found is not None
+    assert [describe[:3] + describe[6:] for describe in found[:2]] == [
+        describe[:3] + describe[6:] for describe in described_pair(base, memory)[2:]
+    ]
+    for data, _, count, inner, outer, stride, columns in found[:2]:  # where its rows begin
+        places = [row // inner * outer + row % inner * stride for row in range(count)]
+        assert places == [row * columns for row in range(count)] and data in (base.data_ptr(), memory.data_ptr())
+
+
+class Own(torch.Tensor):
+    """A subclass, which may do as it pleases."""
+
+
+def test_all_else_takes_the_full_path():
+    """What the full path refuses, copies, or hands on to whoever traces."""
+    base, memory = pair(4, 12)
+    targets = torch.zeros(4, dtype=torch.int64)
+    assert plain_pair(base, memory, 0.5) and plain_indices(targets, base)
+    freed = base.clone()
+    freed.untyped_storage().resize_(0)
+    others = [
+        *(base.t().contiguous().t(), base[:, ::2], base[0], torch.zeros(0, 12), torch.zeros(4, 0), torch.tensor(1.0)),
+        *(base.long(), base.bool(), base.to("meta"), base.to_sparse(), base.as_subclass(Own), torch.nn.Parameter(base)),
+        *(freed, base.tolist(), None),
+    ]
+    for other in others:
+        assert plain_rows(other) is None
+        assert plain_pair(base, other, 0.5) is None and plain_pair(other, memory, 0.5) is None
+    for other in (base[:3], base.double(), base.half(), base.reshape(2, 2, 12), base.reshape(8, 6)):
+        assert plain_pair(base, other, 0.5) is None
+    for alpha in (0, 1, True, -0.1, 1.1, NAN, INF, torch.tensor(0.5), None, "0.5"):
+        assert plain_pair(base, memory, alpha) is None
+    for indices in (targets.int(), targets[:3], targets[:, None], targets.to("meta"), targets.repeat(2)[::2], [0] * 4):
+        assert not plain_indices(indices, base)
+    seen = []
+
+    def watched(b, m):
+        seen.append(plain_pair(b, m, 0.5))
+        return b.sum()
+
+    torch.func.vmap(watched)(base[None], memory[None])
+    with torch.autograd.forward_ad.dual_level():
+        watched(base, memory)
+    torch.compile(watched, backend="eager", fullgraph=True)(base, memory)
+    assert seen == [None, None, None] or seen == [None, None]
+
+
+@pytest.mark.parametrize("name", ["argmax", "log_prob", "token_log_prob", "sample", "seeds"])
+def test_the_common_kind_gives_what_the_full_path_gives(name, monkeypatch):
+    """Results bit for bit, gradients, and the words of errors."""
+
+    def words(op, *given):
+        try:
+            return op(*given)
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def results():
+        base, memory = pair(6, 50)
+        targets = torch.arange(6)
+        op = {
+            "argmax": lambda b, m, a, t: ops.interpolate_argmax(b, m, a),
+            "log_prob": lambda b, m, a, t: ops.interpolate_log_prob(b, m, t, a),
+            "token_log_prob": lambda b, m, a, t: ops.token_log_prob(b, t),
+            "sample": lambda b, m, a, t: ops.interpolate_sample(b, m, a, seed=5, temperature=0.9),
+            "seeds": lambda b, m, a, t: ops.interpolate_sample(b, m, a, seed=t + 7, offset=2 * t),
+        }[name]
+        found = [op(base, memory, alpha, targets) for alpha in (0.0, 0.3, 1.0)]
+        found += [op(base.to(dtype), memory.to(dtype), 0.3, targets) for dtype in (torch.bfloat16, torch.float64)]
+        found.append(op(base.reshape(2, 3, 50), memory.reshape(2, 3, 50), 0.3, targets.reshape(2, 3)))
+        found.append(op(base[:, 1:], memory[:, 1:], 0.3, targets))
+        if "log_prob" in name:
+            wants = base.clone().requires_grad_()
+            op(wants, memory, 0.3, targets).sum().backward()
+            found.append(wants.grad)
+        found += [
+            words(op, *wrong)
+            for wrong in (
+                (base, memory, 1.5, targets),
+                (base, memory, "a", targets),
+                (base[:4], memory, 0.3, targets),
+                (base, memory.long(), 0.3, targets),
+                (base, memory, 0.3, targets[:4]),
+                (base, memory, 0.3, targets.float()),
+                (base, memory, 0.3, targets + 99),
+            )
+        ]
+        return found
+
+    common = results()
+    for module in ("mixture", "token_log_prob"):  # the latter is also the name of a function
+        monkeypatch.setattr(sys.modules[f"memdec.ops.{module}"], "plain_rows", lambda tensor: None)
+    for got, wanted in zip(common, results(), strict=True):
+        if isinstance(wanted, torch.Tensor):
+            assert_same(got, wanted)
+        else:
+            assert got == wanted
+    assert any(isinstance(one, str) for one in common)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memdec import _C
 from memdec.ops import launch
-from memdec.ops.mixture import alpha_rows, checked, described_pair
+from memdec.ops.mixture import alpha_rows, checked, described_pair, plain_pair
 from memdec.ops.registration import is_traced, register
 
 
@@ -39,6 +39,11 @@ def interpolate_argmax(
         >>> ops.interpolate_argmax(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[5.0, 0.0, 0.0]]), 0.6)
         tensor([0])
     """
+    plain = plain_pair(base_logits, memory_logits, alpha)
+    if plain is not None:
+        out = base_logits.new_empty(*base_logits.shape[:-1], dtype=torch.int64)
+        launch.run(_C.interpolate_argmax, base_logits.device, *plain, 0, out.data_ptr())
+        return out
     value, alphas = checked(base_logits, memory_logits, alpha)
     if is_traced(base_logits, memory_logits, alphas):
         tokens: Tensor = torch.ops.memdec.interpolate_argmax(base_logits, memory_logits, value, alphas)

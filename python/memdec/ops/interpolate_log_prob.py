@@ -9,9 +9,9 @@ from torch import Tensor
 
 from memdec import _C
 from memdec.ops import checks, launch
-from memdec.ops.mixture import alpha_rows, checked, components, described_pair, wide_dtype
+from memdec.ops.mixture import alpha_rows, checked, components, described_pair, plain_pair, wide_dtype
 from memdec.ops.registration import is_traced, register, wants_grad
-from memdec.ops.rows import indices
+from memdec.ops.rows import accumulator, indices, plain_indices
 
 
 def interpolate_log_prob(
@@ -46,6 +46,11 @@ def interpolate_log_prob(
         >>> ops.interpolate_log_prob(base, memory, torch.tensor([2]), 0.5).exp()
         tensor([0.6250])
     """
+    plain = plain_pair(base_logits, memory_logits, alpha)
+    if plain is not None and plain_indices(targets, base_logits) and not wants_grad(base_logits, memory_logits):
+        out = torch.empty_like(targets, dtype=accumulator(base_logits))
+        launch.run(_C.interpolate_log_prob, base_logits.device, *plain, 0, targets.data_ptr(), out.data_ptr())
+        return out
     value, alphas = checked(base_logits, memory_logits, alpha)
     checks.tokens("targets", targets, base_logits.shape[:-1], base_logits)
     if is_traced(base_logits, memory_logits, targets, alphas) or wants_grad(base_logits, memory_logits, alphas):

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from memdec import _C
 from memdec.ops import checks, launch, reference
-from memdec.ops.mixture import alpha_rows, checked, described_pair
+from memdec.ops.mixture import alpha_rows, checked, described_pair, plain_pair
 from memdec.ops.registration import is_traced, register
+from memdec.ops.rows import plain_indices
 
 
 def interpolate_sample(
@@ -61,12 +62,31 @@ def interpolate_sample(
         >>> ops.interpolate_sample(logits, logits, 0.5, seed=1)
         tensor([0])
     """
-    value, alphas = checked(base_logits, memory_logits, alpha)
+    plain = plain_pair(base_logits, memory_logits, alpha)
+    value, alphas = (plain[2], None) if plain else checked(base_logits, memory_logits, alpha)
     temperature = checks.positive("temperature", temperature)
     checks.count("top_k", top_k)
     top_p, min_p = checks.fraction("top_p", top_p), checks.fraction("min_p", min_p)
     seed, seeds = checks.per_row("seed", seed, base_logits)
     offset, offsets = checks.per_row("offset", offset, base_logits)
+    if plain is not None and all(keys is None or plain_indices(keys, base_logits) for keys in (seeds, offsets)):
+        out = base_logits.new_empty(*base_logits.shape[:-1], dtype=torch.int64)
+        launch.run(
+            _C.interpolate_sample,
+            base_logits.device,
+            *plain,
+            0,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            0 if seeds is None else seeds.data_ptr(),
+            offset,
+            0 if offsets is None else offsets.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
     arguments = (value, alphas, temperature, top_k, top_p, min_p, seed, seeds, offset, offsets)
     if is_traced(base_logits, memory_logits, alphas, seeds, offsets):
         tokens: Tensor = torch.ops.memdec.interpolate_sample(base_logits, memory_logits, *arguments)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from memdec.ops import checks
-from memdec.ops.rows import Rows, rows
+from memdec.ops.registration import is_watched
+from memdec.ops.rows import Rows, plain_rows, rows
 
 
 def described_pair(base_logits: Tensor, memory_logits: Tensor) -> tuple[Tensor, Tensor, Rows, Rows]:
@@ -20,6 +21,22 @@ def described_pair(base_logits: Tensor, memory_logits: Tensor) -> tuple[Tensor, 
     base_logits, base = rows(base_logits, "base_logits")
     memory_logits, memory = rows(memory_logits, "memory_logits")
     return base_logits, memory_logits, base, memory
+
+
+def plain_pair(base_logits: Tensor, memory_logits: Tensor, alpha: float | Tensor) -> tuple[Rows, Rows, float] | None:
+    """Both descriptions and α, if the tensors are alike and of the common kind, α a float, and nobody traces the call.
+
+    Then there is nothing to refuse or to copy, and ``checked``, ``is_traced`` and ``described_pair`` would find just
+    this. For anything else None: what they cost does not matter there.
+    """
+    if is_watched() or type(alpha) is not float or not 0 <= alpha <= 1:
+        return None
+    base, memory = plain_rows(base_logits), plain_rows(memory_logits)
+    if base is None or memory is None or base[1] != memory[1] or base_logits.shape != memory_logits.shape:
+        return None
+    if not (base_logits.is_cpu and memory_logits.is_cpu) and base_logits.device != memory_logits.device:
+        return None
+    return base, memory, alpha
 
 
 def alpha_rows(alphas: Tensor | None, shape: torch.Size, device: torch.device) -> tuple[Tensor | None, int]:

@@ -39,6 +39,9 @@ def register(
         torch.library.register_autograd(f"memdec::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
+_is_compiling = torch.compiler.is_compiling
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 # Private names, both in torch since 2.0. Without them every call takes the registered path, which is always right.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -55,10 +58,16 @@ def is_traced(*tensors: torch.Tensor | None) -> bool:
         refuse_tangents(*tensors)
     if torch.compiler.is_compiling() or _transforms_active() or _dispatch_modes():
         return True
-    plain = (torch.Tensor, torch.nn.Parameter)
-    return any(
-        tensor is not None and (type(tensor) not in plain or not (tensor.is_cpu or tensor.is_cuda))
-        for tensor in tensors
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda)):
+            return True
+    return False
+
+
+def is_watched() -> bool:
+    """Whether anything but the tensors themselves may make :func:`is_traced` say yes, or raise."""
+    return bool(
+        _is_compiling() or _transforms_active() or _dispatch_modes() or getattr(forward_ad, "_current_level", 0) >= 0
     )
 
 

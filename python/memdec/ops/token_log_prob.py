@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from memdec import _C
 from memdec.ops import checks, launch
 from memdec.ops.alignment_loss import gradient
-from memdec.ops.registration import is_traced, register, wants_grad
-from memdec.ops.rows import accumulator, indices, rows
+from memdec.ops.registration import is_traced, is_watched, register, wants_grad
+from memdec.ops.rows import accumulator, indices, plain_indices, plain_rows, rows
 
 
 def token_log_prob(
@@ -41,6 +41,12 @@ def token_log_prob(
         >>> ops.token_log_prob(torch.tensor([[0.0, 0.0], [0.0, 1000.0]]), torch.tensor([0, 1]))
         tensor([-0.6931,  0.0000])
     """
+    if not is_watched():
+        plain = plain_rows(logits)
+        if plain is not None and plain_indices(targets, logits) and not wants_grad(logits):
+            log_prob = torch.empty_like(targets, dtype=accumulator(logits))
+            launch.run(_C.token_log_prob, logits.device, plain, targets.data_ptr(), log_prob.data_ptr(), 0, 0)
+            return log_prob
     checks.logits("logits", logits)
     checks.kernels(logits=logits)
     checks.tokens("targets", targets, logits.shape[:-1], logits)
