@@ -446,6 +446,30 @@ def test_what_the_host_cannot_check_on_cuda(device, on_cuda):
         assert (token == -1).tolist() == [True] * 6 + [False] and 0 <= int(token[6]) < 9000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_coin_below_alpha_stands_whatever_the_base_says(simd, device, dtype):
+    """What is final before the base has run: with a base of NaN a round goes as far as its coins are below α.
+
+    Also where α is a coin, which does not stand, and the next number up, for which it does.
+    """
+    texts, gamma = some(400, on_host=40), 5
+    _, memory, drafts = case(texts, gamma, 300, dtype, device=device)
+    seeds, offsets = (torch.randint(-(2**62), 2**62, (texts,)) for _ in range(2))
+    coins = reference.acceptance_coins(seeds, offsets, gamma + 1)
+    one = float(coins[0, 2])
+    for alpha in (0.3, 0.5, 0.8, 1.0, one, math.nextafter(one, 1)):
+        leading = (coins[:, :gamma] < alpha).long().cumprod(1).sum(1)
+        broken = torch.full_like(memory, NAN)
+        got = ops.verify_draft(
+            broken, memory, drafts, alpha, seed=seeds.to(device), offset=offsets.to(device), greedy=False
+        )
+        assert torch.equal(got.num_accepted.cpu(), leading)
+        whole = (coins < alpha).all(1)
+        assert torch.equal(got.next_token.cpu() >= 0, whole)
+        wanted = truth(broken, memory, drafts, alpha, seed=seeds, offset=offsets)
+        assert torch.equal(got.num_accepted, wanted.num_accepted)
+
+
 def test_a_common_offset_changes_nothing(simd, device):
     """Logits in steps of 2⁻⁹ are exact at 1e4 ± 16 in float32, so the results must agree bit for bit."""
     base, memory, drafts = case(some(30), 3, 5000, torch.float32, device=device)

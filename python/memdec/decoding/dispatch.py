@@ -72,7 +72,8 @@ def run(
     else:
         decode = engine.decode
         LOGGER.log(logging.INFO if input_ids.is_cuda else logging.DEBUG, "without CUDA graphs: %s", uncaptured)
-    key = (input_ids.shape[0], round(model.alpha, 2), bool(config.do_sample), uncaptured is None)
+    warpers = warpers_of(processors) if config.do_sample else None
+    key = (input_ids.shape[0], round(model.alpha, 2), warpers, uncaptured is None)
     known = estimates.setdefault(key, Estimates())
     fixed = {"parallel": 0, "speculative": request.draft_tokens or FIRST_DRAFT}
     pad = config._pad_token_tensor
@@ -84,7 +85,7 @@ def run(
             criteria=criteria,
             max_length=max_length,
             pad_token=None if pad is None else int(pad),
-            warpers=warpers_of(processors) if config.do_sample else None,
+            warpers=warpers,
             draft_tokens=fixed.get(request.decoding, known),
             estimates=known,
             streamer=streamer,

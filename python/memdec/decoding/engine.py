@@ -6,6 +6,10 @@ With t the last token of a text, which neither model has read:
     base     reads t, d₁ … d_γ, at once
     verify   n of the drafts stand, and x comes after them: n + 1 new tokens; x is the next t
 
+Some drafts stand whatever the base will say: drawn ones without warpers whose coin is below α, and likeliest tokens
+that are far ahead (:func:`surely_likeliest`). A streamer is given a leading run of these at once, and where one of
+them ends the text, the base does not run.
+
 So both caches grow by the same γ + 1 tokens, of which the first n + 1 stay. With γ = 0 a round is one step of both
 models ("parallel"). Rows of a batch keep different numbers of tokens: what a row must forget is masked, and the caches
 are cut to the longest. Token number i of a row is a function of the text before it, the row's seed and i alone,
@@ -23,15 +27,18 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from memdec.decoding.cache import rollback_cache
-from memdec.decoding.plan import Estimates
+from memdec.decoding.plan import LONGEST_RUN, Estimates
 from memdec.decoding.support import Warpers
 from memdec.errors import MemdecError
 from memdec.modeling.cache import cache_name
 from memdec.modeling.memory_model import Decode, takes
 from memdec.modeling.structure import bare, input_device
 from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
+from memdec.ops.reference import acceptance_coins
 
 ROOM = 256  # tokens of room in a cache beyond the prompt, before it grows
+COINS = 32  # places whose coins are tossed at a time
+MARGIN = 1e-3  # of a probability; what kernels and softmax round differently is a hundredth of it
 
 
 class Reader:
@@ -65,6 +72,41 @@ def row_seeds(rows: int, device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
 
 
+class Coins:
+    """The coins by which verify_draft accepts what is drafted, by row and place: known before there is a draft.
+
+    Args:
+        seeds: (B,) int64.
+        alpha: weight of the memory.
+    """
+
+    def __init__(self, seeds: Tensor, alpha: float) -> None:
+        self.seeds = seeds.cpu()
+        self.alpha = alpha
+        self.tossed: list[list[int]] = [[] for _ in seeds]
+
+    def ahead(self, row: int, place: int, count: int) -> list[int]:
+        """Kinds of the coins of `count` new tokens of a row, from its number `place`: 0 below α, 1 and 2 above."""
+        while len(self.tossed[row]) < place + count:
+            u = acceptance_coins(self.seeds, torch.full_like(self.seeds, len(self.tossed[row])), COINS)
+            kinds = (u >= self.alpha).long() + (u >= (1 + self.alpha) / 2).long()
+            for known, more in zip(self.tossed, kinds.tolist(), strict=True):
+                known.extend(more)
+        return self.tossed[row][place : place + count]
+
+
+def surely_likeliest(logits: Tensor, alpha: float) -> bool:
+    """Whether the memory's likeliest token, by its logits (V,), is the mixture's whatever the base says.
+
+    It is if α·q₁ is above α·q₂ + (1 − α), the most that another token can have; q₁ ≥ q₂ are the memory's two largest
+    probabilities.
+    """
+    if alpha <= 0.5:
+        return False
+    top = logits.float().softmax(-1).topk(min(2, logits.shape[-1])).values.tolist()
+    return bool(alpha * (top[0] - sum(top[1:])) > 1 - alpha + MARGIN)
+
+
 class Continuations:
     """What the rows have become: their new tokens, which of them go on, and what ``Decode`` counts.
 
@@ -83,16 +125,35 @@ class Continuations:
         self.ends = {int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten()}
         self.others = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
         self.streamer = streamer
+        self.early = 0  # tokens that the round under way has brought already
         self.rounds = self.row_rounds = self.drafted = self.accepted = self.trials = 0
 
     def left(self) -> list[int]:
-        """Tokens that each active row may still make."""
-        return [self.room - len(self.made[row]) for row in self.active]
+        """Tokens that each active row may make from the round under way on."""
+        return [self.room - len(self.made[row]) + self.early for row in self.active]
+
+    def take_early(self, draft: int, learning: Estimates) -> None:
+        """Appends a draft of the only row that is certain to stand; the row may end with it, and the round."""
+        self.early += 1
+        if self._append(0, [draft]):
+            self.active = []
+            self.drafted += self.early
+            self.accepted += self.early
+            self.trials += self.early
+            learning.add_trials(self.early, self.early)
 
     def take(
-        self, gamma: int, stood: list[int], following: list[int], drafts: list[list[int]], learning: Estimates
+        self,
+        gamma: int,
+        stood: list[int],
+        following: list[int],
+        drafts: list[list[int]],
+        learning: Estimates,
+        coins: list[list[int]] | None = None,
     ) -> list[int]:
         """Appends what a round of γ drafts brought the active rows; the places in `active` of those that go on.
+
+        `coins` are the kinds of theirs, of which the estimates learn what they are worth.
 
         Raises:
             MemdecError: there was no token to choose.
@@ -110,8 +171,14 @@ class Continuations:
         self.accepted += sum(stood)
         self.trials += looked_at
         learning.add_trials(sum(stood), looked_at)
+        for n, length, tossed in zip(stood, lengths, coins or (), strict=coins is not None):
+            for i, kind in enumerate(tossed[: min(n + 1, length)]):
+                learning.add_coin(kind, i < n)
+        early, self.early = self.early, 0
         staying = [
-            i for i, row in enumerate(self.active) if not self._append(row, [*drafts[i][: stood[i]], following[i]])
+            i
+            for i, row in enumerate(self.active)
+            if not self._append(row, [*drafts[i][: stood[i]], following[i]][early:])
         ]
         self.active = [self.active[i] for i in staying]
         return staying
@@ -207,6 +274,8 @@ def decode(
     seed = torch.zeros(rows, dtype=torch.int64) if seeds is None else seeds
     seed = seed.to(device)
     offset = torch.zeros(rows, dtype=torch.int64, device=device)
+    tosses = None if greedy else Coins(seed, alpha)
+    may_be_certain = streamer is not None and (warpers is None or warpers.none)
 
     # The prompts but for their last tokens, which the first round reads.
     mask: Tensor | None = None
@@ -236,7 +305,11 @@ def decode(
     while texts.active:
         began = time.perf_counter()
         left = texts.left()
-        gamma = draft_tokens.draft_tokens() if isinstance(draft_tokens, Estimates) else draft_tokens
+        coins: list[list[int]] | None = None
+        if tosses is not None:
+            count = LONGEST_RUN if isinstance(draft_tokens, Estimates) else draft_tokens
+            coins = [tosses.ahead(row, len(texts.made[row]), count) for row in texts.active]
+        gamma = draft_tokens.draft_tokens(coins or (), alpha) if isinstance(draft_tokens, Estimates) else draft_tokens
         gamma = min(gamma, max(left) - 1)
         width = gamma + 1
         if mask is not None and filled + width > mask.shape[1]:
@@ -246,6 +319,7 @@ def decode(
         places = torch.minimum(position + torch.arange(width, device=device), final)
 
         block, from_memory = last, []
+        certain = may_be_certain
         for i in range(width):
             seen = None if mask is None else mask[:, : filled + i + 1]
             logits = memory.read(block[:, -1:], seen, places[:, i : i + 1]).to(device)
@@ -258,6 +332,17 @@ def decode(
             else:
                 draft = interpolate_sample(row_logits, row_logits, 1.0, seed=seed, offset=offset + i, **drawing)
             block = torch.cat([block, draft[:, None]], 1)
+            if certain:
+                sure = coins[0][i] == 0 if coins else surely_likeliest(row_logits[0], alpha)
+                certain = sure and int(draft) >= 0  # −1: there was nothing to draw
+            if certain:
+                texts.take_early(int(draft), learning)
+                if not texts.active:
+                    break
+        steps += len(from_memory)
+        if not texts.active:
+            seconds["draft"] += time.perf_counter() - began
+            break
         memory_logits = from_memory[0] if gamma == 0 else torch.cat(from_memory, 1)
         drafted_at = time.perf_counter()
 
@@ -279,8 +364,7 @@ def decode(
             **drawing,
         )
         stood, following = verified.num_accepted.tolist(), verified.next_token.tolist()
-        steps += width
-        staying = texts.take(gamma, stood, following, block[:, 1:].tolist(), learning)
+        staying = texts.take(gamma, stood, following, block[:, 1:].tolist(), learning, coins)
         learning.add_times(width, drafted_at - began, read_at - drafted_at)
 
         if staying:
@@ -313,4 +397,5 @@ def decode(
     sequences = texts.sequences(pad_token)
     seconds["total"] = time.perf_counter() - start_time
     fixed = 0 if isinstance(draft_tokens, Estimates) else draft_tokens
-    return sequences, texts.summary(fixed, seconds, seconds["draft"] / steps / learning.base_cost(1))
+    ratio = seconds["draft"] / steps / learning.base_cost(1) if learning.base_seconds else None
+    return sequences, texts.summary(fixed, seconds, ratio)

@@ -39,6 +39,11 @@ class Warpers:
     top_p: float = 1.0
     min_p: float = 0.0
 
+    @property
+    def none(self) -> bool:
+        """Whether the mixture is drawn from as it is."""
+        return self == Warpers()
+
     def arguments(self) -> dict[str, Any]:
         """As keyword arguments of the ops."""
         return asdict(self)

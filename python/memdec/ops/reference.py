@@ -397,14 +397,14 @@ def verify_draft(
     a = _alpha(alpha, base_logits, torch.float64).expand(*base_logits.shape[:-1], 1)[..., 0]
     plain = temperature == 1 and top_k == 0 and top_p == 1 and min_p == 0
     law = draft_law(base_logits, memory_logits, alpha, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    coins = acceptance_coins(seeds, offsets, drafted + 1)
     accepted, following = [0] * texts, [-1] * texts
     for b in range(texts):
         length = int(lengths[b])
         _check_range("draft_ids", draft_ids[b, :length], vocab_size)
         for i in range(length + 1):
             accepted[b] = i
-            key, counter = seeds[b : b + 1], offsets[b : b + 1] + i
-            u = (float(draws(key, counter, ACCEPTANCE_STREAM, 1)) + 0.5) * 2.0**-32
+            key, counter, u = seeds[b : b + 1], offsets[b : b + 1] + i, float(coins[b, i])
             if greedy:
                 following[b] = int(interpolate_argmax(base_logits[b, i], memory_logits[b, i], float(a[b, i])))
                 stands = i < length and following[b] == int(draft_ids[b, i])
@@ -420,6 +420,16 @@ def verify_draft(
             if i == length or not stands:
                 break
     return VerifiedDraft(torch.tensor(accepted, device=device), torch.tensor(following, device=device))
+
+
+def acceptance_coins(seeds: Tensor, offsets: Tensor, count: int) -> Tensor:
+    """The u of verify_draft for texts (B,) at their offsets and the next ones: float64 (B, count).
+
+    A draft stands where u < p(x) / q(x), so that much is known of it before it is drawn.
+    """
+    places = offsets[:, None] + torch.arange(count, device=offsets.device)
+    found = draws(seeds[:, None].expand_as(places).reshape(-1), places.reshape(-1), ACCEPTANCE_STREAM, 1)
+    return ((found.double() + 0.5) * 2.0**-32).reshape(places.shape)
 
 
 def _drawn(probs: Tensor, seed: Tensor, offset: Tensor, stream: int) -> int:
