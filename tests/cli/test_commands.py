@@ -94,6 +94,11 @@ def test_bench_decode_prints_a_table_and_writes_json(memdec, fitted, tiny_model_
     assert all(timing["seconds_per_token"] > 0 for timing in content["timings"] if not timing["note"])
     assert timings["speculative, 3 drafts"]["predicted"] > 0 and content["verify"]["1"] == 1.0
     assert 0 < timings["speculative, 3 drafts"]["acceptance"] <= 1
+    assert "then:" in printed and timings["base alone"]["predicted"] is None
+    for timing in content["timings"]:
+        if not timing["note"]:
+            assert 0 < timing["first_seconds"] < 8 * timing["seconds_per_token"]
+    assert min(timings[name]["next_to_best_base"] for name in names if name.startswith("base")) == 1
     for wrong in ("0", "2,x", "2,,3", " "):
         assert memdec("bench-decode", *pair, "--draft-tokens", wrong) == 1
         assert f"--draft-tokens: got '{wrong}'" in capsys.readouterr().err

@@ -456,10 +456,11 @@ def print_speed(speed: DecodeSpeed) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
     floors = any(timing.floor is not None for timing in speed.timings)
-    for column in ("ms/token", *["floor"] * floors, "vs base", "formula", "accepted", "a round"):
+    parts = any(timing.first_seconds is not None for timing in speed.timings)
+    for column in ("ms/token", *["floor"] * floors, "vs base", *["then"] * parts, "formula", "accepted", "a round"):
         table.add_column(column, justify="right", no_wrap=True)
 
     def cell(value: float | None, form: str) -> str:
@@ -472,6 +473,7 @@ def print_speed(speed: DecodeSpeed) -> None:
             cell(None if seconds is None else 1000 * seconds, ".2f"),
             *[cell(None if timing.floor is None else 1000 * timing.floor, ".2f")] * floors,
             cell(timing.to_best_base, ".2f"),
+            *[cell(timing.next_to_best_base, ".2f")] * parts,
             cell(timing.predicted, ".2f"),
             cell(timing.acceptance, ".2f"),
             cell(timing.tokens_per_round, ".2f"),
@@ -484,6 +486,7 @@ def print_speed(speed: DecodeSpeed) -> None:
         f"alpha = {speed.alpha:g}, c = {speed.cost_ratio:.2f} (a step of the memory over one of the base).",
         f"v (a base forward of n tokens over one of one): {verify}.",
         "formula: what it predicts over the base alone; it leaves out the prompt and our own overhead.",
+        *(["then: the same of the tokens after the first, without the prompt's time."] if parts else []),
         *(["Acceptance was " + forced + ", not by the models; the texts mean nothing."] if "forced" in forced else []),
         *(["floor: the weights' bytes over the bandwidth of a copy, ms a token."] if floors else []),
         *(f"{timing.name}: did not run: {timing.note}" for timing in speed.timings if timing.note),

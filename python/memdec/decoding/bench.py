@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ PACKED = "base alone, packed"  # the base as our engine runs it on the CPU: see 
 CAPTURED = "base alone, captured"  # and on a GPU: over fixed buffers, a step a CUDA graph
 COMPILED = "base alone, static and compiled"
 BOTH = "base alone, captured, compiled"
+FIRST = "first token, "  # before a way's name: a run of one token
 BASE_RIVALS = ("base alone", "base alone, static", COMPILED, PACKED, CAPTURED, BOTH)
 
 # Shapes of Qwen2.5 (config.json of each), for random weights. The 7B's 128 columns of padding are left out, so that all
@@ -69,9 +71,13 @@ class Timing:
         text_of: whose text it writes: "base" or "mixture" (greedy).
         seconds_per_token: median over prompts and repeats, prompt included; None where it could not run.
         to_best_base: that over the best of the base alone.
+        first_seconds: median until the first token, by runs of one token; None on a GPU, where such runs would push
+            captured graphs out.
+        seconds_per_next: median of what every further token took: a run's time less that of the first token before it.
+        next_to_best_base: that over the least of the base alone.
         acceptance: share of the drafts looked at that stood.
         tokens_per_round: tokens a forward of the base.
-        predicted: seconds per token over the base alone's, by the formula.
+        predicted: seconds per further token over the base alone's, by the formula, which knows of no prompt.
         floor: seconds per token in which the weights that it reads can be read, at the bandwidth of a copy; None where
             that was not measured. Caches, logits and prompts are left out.
         note: why it could not run.
@@ -81,6 +87,9 @@ class Timing:
     text_of: str
     seconds_per_token: float | None = None
     to_best_base: float | None = None
+    first_seconds: float | None = None
+    seconds_per_next: float | None = None
+    next_to_best_base: float | None = None
     acceptance: float | None = None
     tokens_per_round: float | None = None
     predicted: float | None = None
@@ -95,8 +104,8 @@ class DecodeSpeed:
     Attributes:
         timings: one a way.
         alpha: weight of the memory.
-        cost_ratio: c, a step of the memory alone over one of the base alone, both in transformers' generate, with
-            packed weights where these pay; on a GPU both as CUDA graphs.
+        cost_ratio: c, a step of the memory alone over one of the base alone, both in transformers' generate after its
+            first token, with packed weights where these pay; on a GPU both as CUDA graphs.
         verify: v(n) for n = 1, 2, …: a base forward of n tokens over one of one, likewise.
         settings: prompts, tokens, repeats, dtype, device, threads, versions.
     """
@@ -138,14 +147,15 @@ def measure(
             elsewhere (see :func:`forced_acceptance`); None lets the models decide.
         say: is told what is being measured.
     """
+    # Until `first_token` puts another number there for a run; generate makes a configuration of its own of them.
     greedy: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
     base, memory = model.base, model.memory
-    static = {**greedy, "cache_implementation": "static"}
+    static = {"cache_implementation": "static"}
     on_gpu = base.device.type == "cuda"
     alone = CAPTURED if on_gpu else PACKED
     ways: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
         "base alone": ("base", lambda ids: base.generate(ids, **greedy)),
-        COMPILED: ("base", lambda ids: base.generate(ids, compile_config=_compile_anywhere(), **static)),
+        COMPILED: ("base", lambda ids: base.generate(ids, compile_config=_compile_anywhere(), **static, **greedy)),
         "composite (transformers)": ("mixture", lambda ids: model.generate(ids, decoding="composite", **greedy)),
         "parallel": ("mixture", lambda ids: model.generate(ids, decoding="parallel", **greedy)),
     }
@@ -155,7 +165,7 @@ def measure(
         ways[CAPTURED] = ("base", lambda ids: singles["base"].generate(ids, new_tokens))
         ways["memory alone"] = ("memory", lambda ids: singles["memory"].generate(ids, new_tokens))
     else:
-        ways["base alone, static"] = ("base", lambda ids: base.generate(ids, disable_compile=True, **static))
+        ways["base alone, static"] = ("base", lambda ids: base.generate(ids, disable_compile=True, **static, **greedy))
         ways[PACKED] = ("base", lambda ids: _generate_packed(base, ids, greedy))
         ways["memory alone"] = ("memory", lambda ids: _generate_packed(memory, ids, greedy))
     if acceptance is None:  # transformers' drafts cannot be forced
@@ -185,21 +195,41 @@ def measure(
         if name == "auto" or name.startswith("speculative"):
             accepted[name].append(model.last_decode)
 
-    runs = {name: run for name, (_, run) in ways.items()}
+    def first_token(run: Callable[[Tensor], Any], ids: Tensor) -> None:
+        greedy["max_new_tokens"] = 1
+        try:
+            run(ids)
+        finally:
+            greedy["max_new_tokens"] = new_tokens
+
+    runs: dict[str, Callable[[Tensor], Any]] = {}
+    for name, (_, run) in ways.items():
+        if not on_gpu and new_tokens > 1:
+            runs[FIRST + name] = partial(first_token, run)
+        runs[name] = run
     with forced_acceptance(model, acceptance):
         seconds, notes = take_turns(runs, prompts, repeats, after=keep_decode, say=say)
     medians = {name: statistics.median(found) / new_tokens for name, found in seconds.items() if found}
     best = min(medians[name] for name in BASE_RIVALS if name in medians)
+    nexts = {
+        name: statistics.median(
+            (whole - first) / (new_tokens - 1)
+            for whole, first in zip(seconds[name], seconds[FIRST + name], strict=True)
+        )
+        for name in ways
+        if medians.keys() >= {name, FIRST + name}
+    } or medians
+    best_next = min(nexts[name] for name in BASE_RIVALS if name in nexts)
     widest = max([1, *draft_tokens]) + 1
     if on_gpu:
         verify = {n: singles["base"].forward_seconds(n) for n in range(1, widest + 1)}
         cost_ratio = singles["memory"].forward_seconds(1) / verify[1]
         verify = {n: found / verify[1] for n, found in verify.items()}
     else:
-        cost_ratio = medians["memory alone"] / medians[PACKED]
+        cost_ratio = nexts["memory alone"] / nexts[PACKED]
         with packed_linears(base):
             verify = verify_costs(model, prompts[0], widest)
-    unit = medians[alone] / best if alone in medians else 1.0  # of the formula, in runs of the best base
+    unit = nexts[alone] / best_next if alone in nexts else 1.0  # of the formula, in runs of the best base
     rate = copy_bandwidth(base.device) if on_gpu else None
     timings = []
     for name, (text_of, _) in ways.items():
@@ -209,6 +239,10 @@ def measure(
         if name in medians:
             timing.seconds_per_token = medians[name]
             timing.to_best_base = medians[name] / best
+        if FIRST + name in medians and name in nexts:
+            timing.first_seconds = medians[FIRST + name] * new_tokens
+            timing.seconds_per_next = nexts[name]
+            timing.next_to_best_base = nexts[name] / best_next
         decodes = accepted[name]
         looked = [d for d in decodes if d.acceptance is not None]
         if looked:
