@@ -277,8 +277,8 @@ PYBIND11_MODULE(_C, m) {
         {.mixture = mixture(base, memory, alpha, alphas), .tokens = pointer<int64_t>(tokens)}, launch);
   });
   m.def("interpolate_sample", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, double temperature, int64_t top_k,
-                                 double top_p, double min_p, int64_t seed, uintptr_t seeds, int64_t offset, uintptr_t offsets,
-                                 uintptr_t tokens, const Launch& launch) {
+                                 double top_p, double min_p, int64_t seed, uintptr_t seeds, int64_t seeds_stride,
+                                 int64_t offset, uintptr_t offsets, int64_t offsets_stride, uintptr_t tokens, const Launch& launch) {
     return run("interpolate_sample", memdec::interpolate_sample,
         {.mixture = mixture(base, memory, alpha, alphas),
          .temperature = temperature,
@@ -287,15 +287,17 @@ PYBIND11_MODULE(_C, m) {
          .min_p = min_p,
          .seed = static_cast<uint64_t>(seed),
          .seeds = pointer<const int64_t>(seeds),
+         .seeds_stride = seeds_stride,
          .offset = static_cast<uint64_t>(offset),
          .offsets = pointer<const int64_t>(offsets),
+         .offsets_stride = offsets_stride,
          .tokens = pointer<int64_t>(tokens)},
         launch);
   });
   m.def("verify_draft", [](const Rows& base, const Rows& memory, double alpha, uintptr_t alphas, int64_t texts, int64_t drafted,
                            uintptr_t draft_ids, uintptr_t lengths, bool greedy, double temperature, int64_t top_k, double top_p,
-                           double min_p, int64_t seed, uintptr_t seeds, int64_t offset, uintptr_t offsets, uintptr_t accepted,
-                           uintptr_t next, const Launch& launch) {
+                           double min_p, int64_t seed, uintptr_t seeds, int64_t seeds_stride, int64_t offset, uintptr_t offsets,
+                           int64_t offsets_stride, uintptr_t accepted, uintptr_t next, const Launch& launch) {
     return run("verify_draft", memdec::verify_draft,
         {.mixture = mixture(base, memory, alpha, alphas),
          .texts = texts,
@@ -309,8 +311,10 @@ PYBIND11_MODULE(_C, m) {
          .min_p = min_p,
          .seed = static_cast<uint64_t>(seed),
          .seeds = pointer<const int64_t>(seeds),
+         .seeds_stride = seeds_stride,
          .offset = static_cast<uint64_t>(offset),
          .offsets = pointer<const int64_t>(offsets),
+         .offsets_stride = offsets_stride,
          .accepted = pointer<int64_t>(accepted),
          .next = pointer<int64_t>(next)},
         launch);

@@ -248,10 +248,12 @@ struct InterpolateSample {
   int64_t top_k;           // 0: all
   double top_p;            // 1: all
   double min_p;            // 0: all
-  uint64_t seed;           // where seeds is null; row r draws with seed + r · 2⁶⁴/φ
-  const int64_t* seeds;    // (N,)
+  uint64_t seed;           // where seeds is null
+  const int64_t* seeds;    // (N,), or one
+  int64_t seeds_stride;    // elements: 1, or 0 for one seed of all rows: row r draws with seed + r · 2⁶⁴/φ
   uint64_t offset;         // where offsets is null
-  const int64_t* offsets;  // (N,)
+  const int64_t* offsets;  // (N,), or one
+  int64_t offsets_stride;  // elements: 0 or 1
   int64_t* tokens;         // (N,) out
 };
 Status interpolate_sample(const InterpolateSample& op, const Launch& launch);
@@ -270,10 +272,12 @@ struct VerifyDraft {
   int64_t top_k;               // 0: all
   double top_p;                // 1: all
   double min_p;                // 0: all
-  uint64_t seed;               // where seeds is null; text b draws with seed + b · 2⁶⁴/φ
-  const int64_t* seeds;        // (B,)
-  uint64_t offset;             // where offsets is null
-  const int64_t* offsets;      // (B,)
+  uint64_t seed;               // as for InterpolateSample, one a text
+  const int64_t* seeds;        // (B,), or one
+  int64_t seeds_stride;        // elements: 0 or 1
+  uint64_t offset;
+  const int64_t* offsets;      // (B,), or one
+  int64_t offsets_stride;      // elements: 0 or 1
   int64_t* accepted;           // (B,) out
   int64_t* next;               // (B,) out; −1 where there is none to draw
 };

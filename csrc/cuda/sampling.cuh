@@ -19,11 +19,12 @@ namespace {
 // The key and the counter of row r, for an op with the fields of InterpolateSample.
 template <class Op>
 __device__ inline uint64_t seed_of(const Op& op, int64_t r) {
-  return op.seeds ? static_cast<uint64_t>(op.seeds[r]) : op.seed + static_cast<uint64_t>(r) * golden;
+  const uint64_t seed = op.seeds ? static_cast<uint64_t>(op.seeds[r * op.seeds_stride]) : op.seed;
+  return op.seeds_stride == 0 ? seed + static_cast<uint64_t>(r) * golden : seed;
 }
 template <class Op>
 __device__ inline uint64_t offset_of(const Op& op, int64_t r) {
-  return op.offsets ? static_cast<uint64_t>(op.offsets[r]) : op.offset;
+  return op.offsets ? static_cast<uint64_t>(op.offsets[r * op.offsets_stride]) : op.offset;
 }
 
 // What is done to log-probs before a draw.

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from memdec import _C
-from memdec.ops import checks, launch, reference
+from memdec.ops import checks, launch
 from memdec.ops.mixture import alpha_rows, checked, described_pair, plain_pair
 from memdec.ops.registration import is_traced, register
-from memdec.ops.rows import plain_indices
+from memdec.ops.rows import key_rows, plain_indices
 
 
 def interpolate_sample(
@@ -81,9 +81,9 @@ def interpolate_sample(
             top_p,
             min_p,
             seed,
-            0 if seeds is None else seeds.data_ptr(),
+            *key_rows(seeds)[1:],
             offset,
-            0 if offsets is None else offsets.data_ptr(),
+            *key_rows(offsets)[1:],
             out.data_ptr(),
         )
         return out
@@ -112,10 +112,8 @@ def _kernel(
     shape = base_logits.shape[:-1]
     alphas, alpha_address = alpha_rows(alphas, shape, base_logits.device)
     out = torch.empty(shape, dtype=torch.int64, device=base_logits.device)
-    if seeds is not None:
-        seeds = reference.row_keys(seeds, out.numel(), seeds.device, mix_row=True).contiguous()
-    if offsets is not None:
-        offsets = reference.row_keys(offsets, out.numel(), offsets.device, mix_row=False).contiguous()
+    seeds, *seed_rows = key_rows(seeds)
+    offsets, *offset_rows = key_rows(offsets)
     launch.run(
         _C.interpolate_sample,
         base_logits.device,
@@ -128,9 +126,9 @@ def _kernel(
         top_p,
         min_p,
         seed,
-        0 if seeds is None else seeds.data_ptr(),
+        *seed_rows,
         offset,
-        0 if offsets is None else offsets.data_ptr(),
+        *offset_rows,
         out.data_ptr(),
     )
     return out

@@ -161,3 +161,15 @@ def indices(tensor: torch.Tensor, logits: torch.Tensor, name: str, ignore_index:
     if checks.DEBUG and tensor.is_cuda:
         checks.in_range(name, tensor, logits.shape[-1], ignore_index)
     return tensor.contiguous()
+
+
+def key_rows(keys: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+    """Seeds or offsets as the extension takes them: a tensor to keep alive, its address and its stride.
+
+    The stride is 1 for one a row, and 0 for one of all rows: a tensor of no dimensions, or None for a number that
+    travels by itself.
+    """
+    if keys is None:
+        return None, 0, 0
+    keys = keys.contiguous()
+    return keys, keys.data_ptr(), int(keys.dim() > 0)

@@ -10,6 +10,7 @@ from memdec.ops import checks, launch, reference
 from memdec.ops.mixture import alpha_rows, described_pair
 from memdec.ops.reference import VerifiedDraft
 from memdec.ops.registration import is_traced, register
+from memdec.ops.rows import key_rows
 
 
 def verify_draft(
@@ -138,10 +139,8 @@ def _kernel(
         _check_values(draft_ids, draft_lengths, base_logits.shape[-1])
     accepted = torch.empty(texts, dtype=torch.int64, device=device)
     next_token = torch.empty(texts, dtype=torch.int64, device=device)
-    if seeds is not None:
-        seeds = reference.row_keys(seeds, texts, seeds.device, mix_row=True).contiguous()
-    if offsets is not None:
-        offsets = reference.row_keys(offsets, texts, offsets.device, mix_row=False).contiguous()
+    seeds, *seed_rows = key_rows(seeds)
+    offsets, *offset_rows = key_rows(offsets)
     launch.run(
         _C.verify_draft,
         device,
@@ -159,9 +158,9 @@ def _kernel(
         top_p,
         min_p,
         seed,
-        0 if seeds is None else seeds.data_ptr(),
+        *seed_rows,
         offset,
-        0 if offsets is None else offsets.data_ptr(),
+        *offset_rows,
         accepted.data_ptr(),
         next_token.data_ptr(),
     )
