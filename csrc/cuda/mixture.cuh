@@ -74,7 +74,8 @@ __device__ inline float log_of_weight(double weight) {
   return weight > 1e-37 ? logarithm(static_cast<float>(weight)) : static_cast<float>(logarithm(weight));
 }
 
-// log p_mix(v) = logaddexp over the components of (z(v) − max) + log(weight / sum).
+// log p_mix(v) = logaddexp over the components of (z(v) − max) + log(weight / sum). What the larger of the two lacks is at most
+// log 2, and known to 3·10⁻⁷.
 struct LogProb {
   float max[components];
   float scale[components];
@@ -91,7 +92,7 @@ struct LogProb {
   __device__ float operator()(float z_base, float z_memory) const {
     const float a = (z_base - max[base]) + scale[base], b = (z_memory - max[memory]) + scale[memory];
     const float high = fmaxf(a, b);
-    const float value = high == -INFINITY ? high : high + logarithm(1 + exponential(fminf(a, b) - high));
+    const float value = high == -INFINITY ? high : fmaf(fast_log2(1 + decay(fminf(a, b) - high)), 0.693147180559945309f, high);
     return broken ? NAN : value;
   }
 };

@@ -56,16 +56,6 @@ struct Winner {
   static __device__ Winner broken() { return {INFINITY, -1}; }
 };
 
-__device__ inline float fast_log2(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return log2f(x);
-#endif
-}
-
 // A bound of a draw's noise, exact for large noise: E ≥ u, so −log E ≤ −log u. Rounding may leave it short by less than slack.
 __device__ inline float noise_bound(uint32_t draw) {
   return (32 - fast_log2(static_cast<float>(draw) + 0.5f)) * 0.693147180559945309f;

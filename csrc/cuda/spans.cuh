@@ -25,6 +25,16 @@ __device__ inline float decay(float x) {
   return exponential(x);
 #endif
 }
+// log2(x), between ½ and 2 to 2⁻²².
+__device__ inline float fast_log2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return log2f(x);
+#endif
+}
 
 // The softmax state of all that the threads of a block hold. Every thread must call it.
 __device__ inline Softmax<float> softmax_of_block(const float (&value)[share_size]) {
