@@ -5,12 +5,12 @@
 //                     z(v) + g(v). Half the bytes, no exponentials of logits, no sums.
 //   temperature only  argmax of log p_mix(v) / T + g(v).
 //   cuts              scores log p_mix / T are written, and what the warpers keep of them is found as transformers defines it
-//                     (cuda/sampling.cuh), a block a row; of that, argmax of the scores + g(v).
+//                     (cuda/cuts.cuh); of that, argmax of the scores + g(v).
 //
 // Traffic: coin: each logit of one tensor once. Temperature: each logit of both twice. Cuts: each logit of both twice, V scores
-// written and read in the second-level cache, and the list of candidates eight times for each of top_k and top_p; up to 128 rows
-// have 12 bytes a token in the workspace.
-#include "cuda/sampling.cuh"
+// written once and read twice (with min_p alone, once), in the second-level cache; rows that are at work at a
+// time, at most 256 and 2560 spans of them, have 12 bytes a token in the workspace.
+#include "cuda/cuts.cuh"
 
 namespace memdec::cuda {
 namespace {
@@ -39,11 +39,11 @@ template <class T>
 __global__ void __launch_bounds__(block_threads, 1) draw_from_mixed_spans(InterpolateSample op, const Softmax<float>* states, Winner* winners) {
   let_next_kernel_start();
   const int64_t spans = spans_of(op.mixture.base.columns), r = blockIdx.x / spans, span = blockIdx.x % spans;
-  const float temperature = static_cast<float>(op.temperature);
+  const float sharpness = sharpness_of(op);
   const MixtureRow row = mixture_of_row(op.mixture, r, [&](int64_t i) { return states[i]; });
   float value[share_size];
-  scores_of_share<T>(op.mixture, r, span, row, temperature, value);
-  const Winner winner = winner_of_scores<T>(op.mixture, r, span, row, temperature, value, seed_of(op, r), offset_of(op, r));
+  scores_of_share<T>(op.mixture, r, span, row, sharpness, value);
+  const Winner winner = winner_of_scores<T>(op.mixture, r, span, row, sharpness, value, seed_of(op, r), offset_of(op, r));
   if (threadIdx.x == 0) winners[blockIdx.x] = winner;
 }
 
@@ -59,27 +59,34 @@ __global__ void __launch_bounds__(warp_size) pick_winners(InterpolateSample op, 
 
 // Cuts: a block a span of a row's scores.
 template <class T>
-__global__ void __launch_bounds__(block_threads) score_spans(InterpolateSample op, const Softmax<float>* states, int64_t first,
-                                                            Scores scores) {
-  const int64_t i = blockIdx.x / scores.spans, r = first + i;
+__global__ void __launch_bounds__(block_threads, 1) score_spans(InterpolateSample op, const Softmax<float>* states, int64_t first,
+                                                               Scores scores) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  const int64_t spans = spans_of(scores.columns), i = blockIdx.x / spans, r = first + i;
   const MixtureRow row = mixture_of_row(op.mixture, r, [&](int64_t state) { return states[state]; });
-  write_scores<T>(op.mixture, r, blockIdx.x % scores.spans, row, static_cast<float>(op.temperature), scores.row(i));
+  write_scores<T>(op.mixture, r, blockIdx.x % spans, row, sharpness_of(op), scores.row(i));
 }
 
-// A block a row: the token drawn from what the warpers keep of its scores. (Bounds without the 1 give fewer registers, and spills.)
-__global__ void __launch_bounds__(row_threads, 1) draw_from_scores(InterpolateSample op, const Softmax<float>* states, int64_t first,
-                                                               Scores scores, Cuts cuts) {
+// A block a span of a row's scores.
+__global__ void __launch_bounds__(block_threads) draw_from_scores(InterpolateSample op, int64_t first, Scores scores, Cuts cuts) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  const int64_t spans = spans_of(scores.columns), i = blockIdx.x / spans, r = first + i;
+  const Drawn drawn = draw_from_span(scores.row(i), blockIdx.x % spans, cuts, false, true, seed_of(op, r), offset_of(op, r));
+  if (threadIdx.x == 0) scores.drawn[blockIdx.x] = drawn;
+}
+
+// A block a row. (Bounds without the 1 give fewer registers, and spills: here and above.)
+__global__ void __launch_bounds__(row_threads, 1) cut_rows(InterpolateSample op, int64_t first, Scores all, Cuts cuts) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
   const int64_t r = first + blockIdx.x;
-  const Scores mine = scores.row(blockIdx.x);
-  const float top = largest_of(mine);
-  if (mixture_of_row(op.mixture, r, [&](int64_t i) { return states[i]; }).broken() || !(top > -INFINITY)) {
-    if (threadIdx.x == 0) op.tokens[r] = -1;
-    return;
-  }
-  Kept kept;
-  const int64_t count = keep(mine, top, cuts, kept);
-  const Winner best = winner_of_kept(mine, count, kept, seed_of(op, r), offset_of(op, r));
-  if (threadIdx.x == 0) op.tokens[r] = best.token;
+  const Scores scores = all.row(blockIdx.x);
+  const float top = top_of(scores);
+  Drawn drawn;
+  if (top > -INFINITY) drawn = draw_from_row(scores, top, cuts, cut_row(scores, top, cuts), false, true, seed_of(op, r), offset_of(op, r));
+  if (threadIdx.x == 0) op.tokens[r] = drawn.winner.token;
 }
 
 // What the kernels of one call leave each other.
@@ -93,18 +100,21 @@ Scratch scratch_of(const InterpolateSample& op, Parts& parts) {
   const Rows& rows = op.mixture.base;
   Scratch scratch;
   if (!is_plain(op)) scratch.states = parts.take<Softmax<float>>(span_states(op.mixture));
-  if (has_cuts(op)) scratch.scores = take_scores(parts, rows.count, rows);
+  if (has_cuts(op)) scratch.scores = take_scores(parts, rows.count, rows.columns);
   else scratch.winners = parts.take<Winner>(rows.count * spans_of(rows.columns));
   return scratch;
 }
 
 template <class T>
-void draw_warped(const InterpolateSample& op, const Scratch& scratch, cudaStream_t stream) {
-  const int64_t rows = op.mixture.base.count;
-  for (int64_t first = 0; first < rows; first += rows_at_once) {
-    const int64_t count = smaller(rows_at_once, rows - first);
-    launch(score_spans<T>, count * scratch.scores.spans, block_threads, 0, stream, op, scratch.states, first, scratch.scores);
-    launch(draw_from_scores, count, row_threads, 0, stream, op, scratch.states, first, scratch.scores, cuts_of(op));
+void draw_with_cuts(const InterpolateSample& op, const Scratch& scratch, cudaStream_t stream) {
+  const int64_t rows = op.mixture.base.count, columns = op.mixture.base.columns;
+  const Cuts cuts = cuts_of(op);
+  for (int64_t first = 0; first < rows; first += rows_at_once(columns)) {
+    const int64_t count = smaller(rows_at_once(columns), rows - first), blocks = count * spans_of(columns);
+    launch_early(score_spans<T>, blocks, block_threads, stream, op, scratch.states, first, scratch.scores);
+    if (cuts.have_borders()) launch_early(bin_scores, blocks, block_threads, stream, scratch.scores, cuts);
+    launch_early(draw_from_scores, blocks, block_threads, stream, op, first, scratch.scores, cuts);
+    launch_early(cut_rows, count, row_threads, stream, op, first, scratch.scores, cuts);
   }
 }
 
@@ -125,7 +135,7 @@ Status interpolate_sample(const InterpolateSample& op, const Launch& where) {
     const int64_t blocks = rows.count * spans_of(rows.columns);
     if (scratch.states) launch(reduce_spans<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, scratch.states);
     if (has_cuts(op)) {
-      draw_warped<T>(op, scratch, stream);
+      draw_with_cuts<T>(op, scratch, stream);
       return;
     }
     if (scratch.states) launch(draw_from_mixed_spans<T>, blocks, block_threads, 0, stream, op, scratch.states, scratch.winners);

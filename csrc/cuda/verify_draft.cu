@@ -6,7 +6,7 @@
 //
 //   nothing warped   q = p_mem, p = α·p_mem + (1−α)·p_base: p(x) / q(x) = α + (1−α)·p_base(x) / p_mem(x), so a coin u < α accepts
 //                    before any logit is looked at, and (p − q)₊ ∝ (p_base − p_mem)₊
-//   warped           p is the warped mixture, q the warped memory (cuda/sampling.cuh)
+//   warped           p is the warped mixture, q the warped memory (cuda/cuts.cuh)
 //   greedy           x stands while it is the mixture's likeliest token, which comes next: interpolate_argmax, and a comparison
 //
 // A text is verified position by position, but waiting for each would leave the device idle between small launches. So all
@@ -16,7 +16,7 @@
 //
 //   measure    a block a span of a row that counts: its softmax state; the token after the last draft, as the memory drafts it
 //   scale      temperature only: the states of both sides' scores log p / T
-//   score, cut with cuts: scores of both sides are written, and what the warpers keep of each is found
+//   score, bin, weigh, cut   with cuts: scores of both sides are written, and what the warpers keep of each is found
 //   settle     a block a text: where its round ends, with what
 //   replace    a block a span: the mass of (p − q)₊, and the best of its log + Gumbel noise
 //   finish     a block a text: the token; where (p − q)₊ has no mass but rounding, one is drawn from p, by this one block
@@ -24,9 +24,9 @@
 // Traffic: nothing warped: both rows of a position that its coin does not settle, once, and of the last one the memory's if it
 // does; positions behind the end of the round are read too, what lies behind a text's length is not. Warped: both rows of each
 // position, the memory's three times, the base's twice (all but the first time from the second-level cache, where few texts fit),
-// and with cuts what interpolate_sample moves for two rows. Then both rows of the end of the round once more, if a draft fell.
+// and with cuts what interpolate_sample moves of two rows' scores. Then both rows of the end of the round once more, if a draft fell.
 // Greedy: as interpolate_argmax, of all positions.
-#include "cuda/sampling.cuh"
+#include "cuda/cuts.cuh"
 
 namespace memdec::cuda {
 namespace {
@@ -123,12 +123,12 @@ __device__ inline MixtureRow row_of_side(MixtureRow row, int side) {
 struct Law {
   MixtureRow row;
   LogProb log_prob;
-  float temperature;
+  float sharpness;
   Measured measured;
 
-  __device__ Law(const MixtureRow& of, float over, const Measured& found) : row(of), log_prob(of), temperature(over), measured(found) {}
+  __device__ Law(const MixtureRow& of, float over, const Measured& found) : row(of), log_prob(of), sharpness(over), measured(found) {}
   __device__ float operator()(float z_base, float z_memory, int64_t token) const {
-    const float score = scored(log_prob(row.uses(base) ? z_base : -INFINITY, row.uses(memory) ? z_memory : -INFINITY), temperature);
+    const float score = scored(log_prob(row.uses(base) ? z_base : -INFINITY, row.uses(memory) ? z_memory : -INFINITY), sharpness);
     return measured.kept.has(score, token) ? (score - measured.top) - measured.log_sum : -INFINITY;
   }
 };
@@ -143,7 +143,7 @@ __device__ inline Law law_of(const VerifyDraft& op, const Scratch& scratch, int6
     const Softmax<float> state = merged_by_warp(spans, [&](int64_t span) { return scratch.scaled[(r * spans + span) * sides + side]; });
     measured.top = state.max, measured.log_sum = logarithm(state.sum), measured.drawable = state.sum > 0;
   }
-  return {row_of_side(row, side), static_cast<float>(op.temperature), measured};
+  return {row_of_side(row, side), sharpness_of(op), measured};
 }
 
 // ---------------------------------------------------------------------------------------------------------------- measuring
@@ -182,50 +182,63 @@ __global__ void __launch_bounds__(block_threads, 1) scale(VerifyDraft op, Scratc
   const Position at = position_of(op, r);
   if (!at.counts()) return;
   const MixtureRow row = row_of_side(states_of(op, scratch, r, at.alpha), side);
-  const float temperature = static_cast<float>(op.temperature);
+  const float sharpness = sharpness_of(op);
   float value[share_size];
-  scores_of_share<T>(op.mixture, r, span, row, temperature, value);
+  scores_of_share<T>(op.mixture, r, span, row, sharpness, value);
   const Softmax<float> state = softmax_of_block(value);
   if (threadIdx.x == 0) scratch.scaled[blockIdx.x] = state;
   if (side != draft || !at.is_last()) return;
-  const Winner winner = winner_of_scores<T>(op.mixture, r, span, row, temperature, value, at.seed, at.offset);
+  const Winner winner = winner_of_scores<T>(op.mixture, r, span, row, sharpness, value, at.seed, at.offset);
   if (threadIdx.x == 0) scratch.following[at.text * spans + span] = winner;
 }
 
 // Cuts: a block a span of a side of a row, side `first` being the first of those that have scores at once.
 template <class T>
 __global__ void __launch_bounds__(block_threads) score(VerifyDraft op, Scratch scratch, int64_t first) {
-  const int64_t spans = scratch.scores.spans, i = blockIdx.x / spans, r = (first + i) / sides;
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  const int64_t spans = spans_of(op.mixture.base.columns), i = blockIdx.x / spans, span = blockIdx.x % spans, r = (first + i) / sides;
   const Position at = position_of(op, r);
-  if (!at.counts()) return;
+  const Scores scores = scratch.scores.row(i);
+  if (!at.counts()) {
+    if (threadIdx.x == 0) scores.top[span] = -INFINITY;
+    return;
+  }
   const MixtureRow row = row_of_side(states_of(op, scratch, r, at.alpha), static_cast<int>((first + i) % sides));
-  write_scores<T>(op.mixture, r, blockIdx.x % spans, row, static_cast<float>(op.temperature), scratch.scores.row(i));
+  write_scores<T>(op.mixture, r, span, row, sharpness_of(op), scores);
+}
+
+// Only the token after the last draft is drawn here, as the memory drafts it.
+__device__ inline bool draws_here(int64_t i, const Position& at) { return i % sides == draft && at.is_last(); }
+
+// A block a span of a side of a row.
+__global__ void __launch_bounds__(block_threads) weigh(VerifyDraft op, Scratch scratch, int64_t first, Cuts cuts) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  const int64_t spans = spans_of(op.mixture.base.columns), i = blockIdx.x / spans;
+  const Position at = position_of(op, (first + i) / sides);
+  const Drawn drawn =
+      draw_from_span(scratch.scores.row(i), blockIdx.x % spans, cuts, true, draws_here(first + i, at), at.seed, at.offset);
+  if (threadIdx.x == 0) scratch.scores.drawn[blockIdx.x] = drawn;
 }
 
 // A block a side of a row.
 __global__ void __launch_bounds__(row_threads) cut(VerifyDraft op, Scratch scratch, int64_t first, Cuts cuts) {
-  const int64_t i = first + blockIdx.x, r = i / sides, spans = scratch.scores.spans;
-  const int side = static_cast<int>(i % sides);
-  const Position at = position_of(op, r);
-  if (!at.counts()) return;
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  const int64_t i = first + blockIdx.x, spans = spans_of(op.mixture.base.columns);
+  const Position at = position_of(op, i / sides);
   const Scores scores = scratch.scores.row(blockIdx.x);
-  Measured measured{.top = largest_of(scores)};
-  measured.drawable = measured.top > -INFINITY && !row_of_side(states_of(op, scratch, r, at.alpha), side).broken();
+  Measured measured{.top = top_of(scores)};
+  measured.drawable = measured.top > -INFINITY;
   if (measured.drawable) {
-    const Weight weight_of{measured.top, cuts.one};
-    const int64_t count = keep(scores, measured.top, cuts, measured.kept);
-    uint64_t sum = 0;
-    for (int64_t j = threadIdx.x; j < count; j += row_threads) {
-      const float s = scores.listed_score[j];
-      sum += measured.kept.has(s, scores.token_at(scores.listed[j])) ? weight_of(s) : 0;
-    }
-    sum = sum_over_block<row_threads>(sum);
-    measured.log_sum = static_cast<float>(log(static_cast<double>(sum) / static_cast<double>(cuts.one)));
-    if (side == draft && at.is_last()) {
-      const Winner winner = winner_of_kept(scores, count, measured.kept, at.seed, at.offset);
+    measured.kept = cut_row(scores, measured.top, cuts);
+    const bool draws = draws_here(i, at);
+    const Drawn drawn = draw_from_row(scores, measured.top, cuts, measured.kept, true, draws, at.seed, at.offset);
+    measured.log_sum = static_cast<float>(log(static_cast<double>(drawn.mass) / static_cast<double>(cuts.one)));
+    if (draws)
       for (int64_t span = threadIdx.x; span < spans; span += row_threads)
-        scratch.following[at.text * spans + span] = span == 0 ? winner : Winner{};
-    }
+        scratch.following[at.text * spans + span] = span == 0 ? drawn.winner : Winner{};
   }
   if (threadIdx.x == 0) scratch.measured[i] = measured;
 }
@@ -380,7 +393,7 @@ Scratch scratch_of(const VerifyDraft& op, Parts& parts) {
   scratch.states = parts.take<Softmax<float>>(span_states(op.mixture));
   if (has_cuts(op)) {
     scratch.measured = parts.take<Measured>(rows.count * sides);
-    scratch.scores = take_scores(parts, rows.count * sides, rows);
+    scratch.scores = take_scores(parts, rows.count * sides, rows.columns);
   } else if (!is_plain(op)) {
     scratch.scaled = parts.take<Softmax<float>>(rows.count * spans * sides);
   }
@@ -421,10 +434,14 @@ Status verify_draft(const VerifyDraft& op, const Launch& where) {
     const int64_t spans = spans_of(rows.columns);
     launch(measure<T>, span_states(op.mixture), block_threads, 0, stream, op, scratch);
     if (has_cuts(op)) {
-      for (int64_t first = 0; first < rows.count * sides; first += rows_at_once) {
-        const int64_t count = smaller(rows_at_once, rows.count * sides - first);
-        launch(score<T>, count * spans, block_threads, 0, stream, op, scratch, first);
-        launch(cut, count, row_threads, 0, stream, op, scratch, first, cuts_of(op));
+      const int64_t at_once = rows_at_once(rows.columns);
+      const Cuts cuts = cuts_of(op);
+      for (int64_t first = 0; first < rows.count * sides; first += at_once) {
+        const int64_t count = smaller(at_once, rows.count * sides - first);
+        launch_early(score<T>, count * spans, block_threads, stream, op, scratch, first);
+        if (cuts.have_borders()) launch_early(bin_scores, count * spans, block_threads, stream, scratch.scores, cuts);
+        launch_early(weigh, count * spans, block_threads, stream, op, scratch, first, cuts);
+        launch_early(cut, count, row_threads, stream, op, scratch, first, cuts);
       }
     } else if (!is_plain(op)) {
       launch(scale<T>, rows.count * spans * sides, block_threads, 0, stream, op, scratch);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -50,3 +51,27 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"no {request.param} here")
     yield request.param
     _C.set_simd_level(before)
+
+
+def _hard_rows(vocab: int) -> torch.Tensor:
+    """(9, vocab). Rows whose borders are hard to find, one of each kind, and NaN in the last; few values, exact in any precision."""
+    generator = torch.Generator().manual_seed(vocab)
+    rows = torch.zeros(9, vocab)  # row 0: all equal
+    rows[1] = (2 * torch.randn(vocab, generator=generator)).round()  # ties everywhere
+    rows[2] = torch.randint(5, (vocab,), generator=generator) * 2.0**-12  # one token apart, the rest within a hair
+    rows[2, vocab // 2] = 8
+    rows[3] = rows[1].where(torch.rand(vocab, generator=generator) < 0.1, -math.inf)  # most masked
+    rows[4] = rows[1].where(torch.rand(vocab, generator=generator) < 0.1, -1e4)  # as some mask
+    rows[5] = -math.inf  # one token
+    rows[6] = (8 * torch.rand(vocab, generator=generator) ** 9 - 9).round()  # a few candidates
+    rows[7] = (3 * torch.randn(vocab, generator=generator) * 64).round() / 64  # as a model's
+    rows[3:6, vocab // 3] = 1
+    rows[8] = rows[7]
+    rows[8, -1] = math.nan
+    return rows
+
+
+@pytest.fixture
+def hard_rows() -> Callable[[int], torch.Tensor]:
+    """Logits for the cuts of the samplers, of so many columns."""
+    return _hard_rows

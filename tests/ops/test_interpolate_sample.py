@@ -178,10 +178,46 @@ def test_arguments_that_cannot_be():
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 5, "top_p": 0.9}])
 def test_more_rows_than_have_scores_at_once(device, settings):
-    """The CUDA kernels keep the scores of 128 rows in their workspace."""
-    base, memory = pair(131, 33, torch.float32, device=device)
+    """The CUDA kernels keep the scores of 256 rows in their workspace."""
+    base, memory = pair(263, 33, torch.float32, device=device)
     wanted = reference.interpolate_sample(base.double(), memory.double(), 0.4, seed=2, **settings)
     assert int((ops.interpolate_sample(base, memory, 0.4, seed=2, **settings) != wanted).sum()) <= 1
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("vocab", [1, 7, 4097, 50257])
+def test_hard_borders(device, hard_rows, vocab, temperature):
+    """The reference's tokens, at α of 0, ½ and 1, of rows with many candidates and with few side by side.
+
+    top_p of 1 − 10⁻⁷ ends where float32 has few digits: there as elsewhere one row may differ.
+    """
+    padded = hard_rows(vocab + 9).to(device)
+    padded[:, 3 : 3 + vocab] = hard_rows(vocab)
+    rows = padded[:, 3 : 3 + vocab]
+    alpha = torch.tensor([0.5, 0.0, 1.0, 0.5, 0.5, 0.5, 1.0, 0.0, 0.5], device=device)
+    for cuts in (
+        {"top_p": 1e-6},
+        {"top_p": 0.35},
+        {"top_p": 1 - 1e-7},
+        {"top_k": 1},
+        {"top_k": vocab // 2 + 1},
+        {"top_k": max(vocab - 1, 1), "top_p": 0.6},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.02},
+        {"min_p": 0.3},
+    ):
+        settings = {"temperature": temperature, **cuts}
+        wanted = reference.interpolate_sample(rows.double(), rows.double(), alpha, seed=3, **settings)
+        got = ops.interpolate_sample(rows, rows, alpha, seed=3, **settings)
+        assert wanted[8] == -1 and got[8] == -1
+        assert int((got != wanted).sum()) <= 1, cuts
+
+
+def test_a_whole_vocabulary_of_equals(device):
+    """151936 ties: every token is at the border, and which of them go is told by their ids."""
+    flat = torch.zeros(1, 151936, device=device)
+    for settings in ({"top_p": 0.5}, {"top_p": 1e-9}, {"top_k": 9}, {"top_k": 9, "top_p": 0.25}):
+        wanted = reference.interpolate_sample(flat.double(), flat.double(), 0.5, seed=5, **settings)
+        assert torch.equal(ops.interpolate_sample(flat, flat, 0.5, seed=5, **settings), wanted)
 
 
 @warpers
