@@ -390,8 +390,10 @@ __device__ inline Kept cut_row(const Scores& scores, float top, const Cuts& cuts
     return Range{a.lowest < b.lowest ? a.lowest : b.lowest, a.highest > b.highest ? a.highest : b.highest};
   });
 
-  if (undecided.has_kth)
-    kept.lowest = border_at(count, range.lowest, range.highest, undecided.excess, [&](int64_t i, const auto& use) { use(key_of(i), uint64_t{1}); }).key;
+  if (undecided.has_kth) {
+    const auto counted = [&](int64_t i, const auto& use) { use(key_of(i), uint64_t{1}); };
+    kept.lowest = border_at(count, range.lowest, range.highest, undecided.excess, counted).key;
+  }
   if (cuts.top_p < 1) {
     const Weight weight_of{top, cuts.one};
     const auto weighed = [&](int64_t i, const auto& use) {

@@ -54,7 +54,7 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def _hard_rows(vocab: int) -> torch.Tensor:
-    """(9, vocab). Rows whose borders are hard to find, one of each kind, and NaN in the last; few values, exact in any precision."""
+    """(9, vocab). Rows whose borders are hard to find, a kind each, NaN in the last; few values, exact in float32."""
     generator = torch.Generator().manual_seed(vocab)
     rows = torch.zeros(9, vocab)  # row 0: all equal
     rows[1] = (2 * torch.randn(vocab, generator=generator)).round()  # ties everywhere

@@ -212,6 +212,25 @@ def test_hard_borders(device, hard_rows, vocab, temperature):
         assert int((got != wanted).sum()) <= 1, cuts
 
 
+def test_what_top_k_drops_among_neighbours_moves_the_border_of_top_p(device):
+    """4000 tokens within a hair, of which top_k keeps the upper 800; then top_p keeps some of 100 likelier ones."""
+    rows = torch.zeros(20, 5000, device=device)
+    rows[:, :4000] = torch.arange(4000, device=device) % 5 * 2.0**-12
+    rows[:, 4000:4100], rows[:, 4100], rows[:, 4101:] = math.log(8), math.log(800), -math.inf
+    settings = {"top_k": 102, "top_p": 0.525}
+    wanted = reference.interpolate_sample(rows.double(), rows.double(), 0.5, seed=5, **settings)
+    assert torch.equal(ops.interpolate_sample(rows, rows, 0.5, seed=5, **settings), wanted)
+
+
+def test_many_small_probabilities_add_up(device):
+    """One token has e^9.02 times another's probability, a seventh of all; others are just below 2³² units."""
+    rows = torch.zeros(4, 50257, device=device)
+    rows[:, 7] = 9.02
+    wanted = reference.interpolate_sample(rows.double(), rows.double(), 0.5, seed=5, top_p=0.9)
+    assert torch.equal(ops.interpolate_sample(rows, rows, 0.5, seed=5, top_p=0.9), wanted)
+    assert (wanted != 7).any()
+
+
 def test_a_whole_vocabulary_of_equals(device):
     """151936 ties: every token is at the border, and which of them go is told by their ids."""
     flat = torch.zeros(1, 151936, device=device)

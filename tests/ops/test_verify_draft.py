@@ -525,7 +525,7 @@ def test_nothing_to_do_and_one_token(device):
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"top_k": 2}, {"greedy": True}])
 def test_more_positions_than_are_at_work_at_once(device, settings):
-    """The CUDA kernels keep the scores of 128 positions: 45 texts have 135, and one of 67 more than a text has warps."""
+    """The CUDA kernels keep the scores of 128 positions: 43 texts have 129, and one of 67 more than it has warps."""
     base, memory, drafts = case(some(45, on_host=43), 2, 9, torch.float32, device=device)
     long = [x.reshape(1, -1, 9)[:, :67] for x in (base, memory)]
     for b, m, d in ((base, memory, drafts), (*long, long[1][:, :-1].argmax(-1))):
