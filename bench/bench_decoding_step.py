@@ -29,8 +29,12 @@ def replayed(step, pairs):
     return graph.replay
 
 
-@pytest.mark.parametrize("op", ["interpolate_argmax", "interpolate_sample"])
-def bench_step(compare, device, rows, op):
+@pytest.mark.parametrize(
+    ("op", "warpers"),
+    [("interpolate_argmax", {}), ("interpolate_sample", {}), ("interpolate_sample", {"top_k": 50, "top_p": 0.9})],
+    ids=["argmax", "sample", "sample with cuts"],
+)
+def bench_step(compare, device, rows, op, warpers):
     if device != "cuda":
         pytest.skip("a CUDA graph needs a GPU")
     torch.manual_seed(0)
@@ -41,14 +45,14 @@ def bench_step(compare, device, rows, op):
 
     def sample(base, memory):
         offset.add_(1)
-        return ops.interpolate_sample(base, memory, ALPHA, seed=seed, offset=offset)
+        return ops.interpolate_sample(base, memory, ALPHA, seed=seed, offset=offset, **warpers)
 
     ours, eager = {
         "interpolate_argmax": (lambda b, m: ops.interpolate_argmax(b, m, ALPHA), in_probabilities),
-        "interpolate_sample": (sample, eager_sample),
+        "interpolate_sample": (sample, lambda b, m: eager_sample(b, m, **warpers)),
     }[op]
     contestants = {"memdec": replayed(ours, pairs), "eager": replayed(eager, pairs)}
-    # A draw at temperature 1 reads one of the two tensors.
-    nbytes = (4 if op == "interpolate_argmax" else 2) * rows * VOCAB
-    case = {"shape": [rows, VOCAB], "dtype": "bfloat16", "graph": True, "steps": sets}
+    # A draw from the mixture as it is reads one of the two tensors.
+    nbytes = (4 if op == "interpolate_argmax" or warpers else 2) * rows * VOCAB
+    case = {"shape": [rows, VOCAB], "dtype": "bfloat16", "graph": True, "steps": sets, "warpers": warpers}
     compare(op, case, contestants, nbytes, calls=sets)

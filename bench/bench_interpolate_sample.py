@@ -15,10 +15,17 @@ SIZES = {
     "cpu": {"rows, vocab": [(64, 50257), (1, 151936)]},
     "cuda": {"rows, vocab": [(1024, 151936), (8, 151936), (1, 151936)]},
 }
-WARPERS = {"coin": {}, "temperature": {"temperature": 0.8}, "top_k": {"top_k": 50}, "top_p": {"top_p": 0.9}}
+WARPERS = {
+    "coin": {},
+    "temperature": {"temperature": 0.8},
+    "top_k": {"top_k": 50},
+    "top_p": {"top_p": 0.9},
+    "min_p": {"min_p": 0.05},
+    "all": {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.05},
+}
 
 
-def eager(base, memory, temperature=1.0, top_k=0, top_p=1.0):
+def eager(base, memory, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """The mixture, transformers' warpers, multinomial."""
     log_base, log_memory = base.float().log_softmax(-1), memory.float().log_softmax(-1)
     scores = torch.logaddexp(math.log(ALPHA) + log_memory, math.log1p(-ALPHA) + log_base) / temperature
@@ -29,6 +36,8 @@ def eager(base, memory, temperature=1.0, top_k=0, top_p=1.0):
         drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
         drop[:, -1] = False
         scores = scores.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+    if min_p:
+        scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
     return scores.softmax(-1).multinomial(1)[:, 0]
 
 
