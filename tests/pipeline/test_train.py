@@ -136,6 +136,19 @@ def test_a_finished_training_is_left_alone_and_other_parameters_are_refused(
     assert content(tmp_path) == before
 
 
+def test_what_a_kill_at_the_very_end_left_is_deleted_by_the_next_run(
+    parts: tuple[Corpus, DistributionStore], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    run = {**QUICK, "max_steps": 2}
+    train_memory(tiny_model_dir, *parts, tmp_path, **run)
+    before = content(tmp_path)
+    for name in ("start", "checkpoint-00000002", "best-00000002"):
+        (tmp_path / "training" / name).mkdir()
+        (tmp_path / "training" / name / "config.json").write_text("{}")
+    train_memory(tiny_model_dir, *parts, tmp_path, **run)
+    assert content(tmp_path) == before and not list((tmp_path / "training").glob("*-*"))
+
+
 # --- exact resume ----------------------------------------
 
 

@@ -287,6 +287,7 @@ def _train(
             if problems:
                 raise MemdecError(f"The training in {folder} is finished, but its memory is not whole: {problems[0]}. "
                                   f"Delete {folder} and {memory} to train again.")  # fmt: skip
+            tidy(folder)  # which a kill may have cut short
             LOGGER.info("the memory in %s is finished; nothing to do", memory)
         return memory
     run = Run(folder, settings, plan, processes, save_every, corpus, store)
