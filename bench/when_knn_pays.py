@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from memdec.demo.model import default_cache_dir, smollm2_folder
 from memdec.demo.run import domain_text
-from memdec.demo.text import docstrings_of
+from memdec.demo.text import docstrings_of, write_documents
 from memdec.evaluation.ablation import Run, ablate, name_of, slug
 from memdec.evaluation.charts import Interval, Line, interval_chart, line_chart, svg_file
 from memdec.evaluation.evaluate import read_log
@@ -139,11 +139,11 @@ def main() -> None:
     texts = {"manual": options.manual, "demo": options.demo_text}
     if "demo" in domains and options.demo_text is None:
         texts["demo"], _ = domain_text(options.out / "demo", options.tokens, print)
-    if "torch" in domains:
-        texts["torch"] = written(options.out / "torch" / "text", torch_docstrings())
-    if "python" in domains:
-        texts["python"] = written(options.out / "python" / "text", topics)
-    # The first question on both domains before the second on either; then fewer turns, because each opens its models.
+    for name, documents in (("torch", torch_docstrings()), ("python", topics)):
+        if name in domains:
+            texts[name] = options.out / name / "text"
+            write_documents(documents.items(), texts[name])
+    # The first question on every domain before the second on any; then fewer turns, because each opens its models.
     turns = [(turn, domain) for turn in (parts[:1], parts[1:4], parts[4:]) for domain in domains if turn]
     try:
         for turn, domain in turns:
@@ -167,14 +167,6 @@ def torch_docstrings() -> dict[str, str]:
     return found
 
 
-def written(folder: Path, documents: dict[str, str]) -> Path:
-    """The documents as files of a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in documents.items():
-        write_file(folder / f"{name.replace('/', '_')}.txt", text.encode())
-    return folder
-
-
 def report(out: Path, base: str) -> None:
     """Print and draw all that was ever made in `out`, and write its lines."""
     lines = [line for domain in DOMAINS for line in measured(out / domain, base)]
@@ -184,8 +176,10 @@ def report(out: Path, base: str) -> None:
     for domain in DOMAINS:
         for blocks, of_size in by_size([line for line in lines if line["domain"] == domain]):
             name = f"when_knn_pays_{domain}_{blocks}"
-            write_file(out / f"{name}.svg", svg_file(against_plain(of_size)).encode())
-            write_file(out / f"{name}_epochs.svg", svg_file(over_epochs(of_size)).encode())
+            if any("best_plain" in line for line in of_size):
+                write_file(out / f"{name}.svg", svg_file(against_plain(of_size)).encode())
+            if curves := over_epochs(of_size):
+                write_file(out / f"{name}_epochs.svg", svg_file(curves).encode())
 
 
 def measured(folder: Path, base: str) -> list[dict[str, Any]]:
@@ -204,7 +198,7 @@ def measured(folder: Path, base: str) -> list[dict[str, Any]]:
         of_memory = map_tensors(folder / "runs" / name_of(run.settings) / "test.safetensors")["log_prob"]
         mixed[name_of(run.settings)] = mixture_log_prob(of_base, torch.from_numpy(of_memory), run.alpha)
     knn = folder / f"distributions-{name_of({'of': slug(base), 'temperature': None})}"
-    retriever = Manifest.load(knn).results["knn_lm"] if knn.is_dir() else None
+    retriever = Manifest.load(knn).results.get("knn_lm") if knn.is_dir() else None
     lines = []
     for run in made:
         s = run.settings

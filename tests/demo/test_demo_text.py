@@ -72,6 +72,6 @@ def test_nothing_young_enough_is_explained(tmp_path):
 
 def test_documents_are_written_as_plain_text(tmp_path):
     text = demo_text.DomainText([("a", "α text\n"), ("b", "other\n")], 2, 0, 12, "0")
-    demo_text.write_documents(text, tmp_path / "text")
+    demo_text.write_documents(text.documents, tmp_path / "text")
     assert sorted(p.name for p in (tmp_path / "text").iterdir()) == ["a.txt", "b.txt"]
     assert (tmp_path / "text" / "a.txt").read_text(encoding="utf-8") == "α text\n"

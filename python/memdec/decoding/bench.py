@@ -147,33 +147,44 @@ def measure(
             elsewhere (see :func:`forced_acceptance`); None lets the models decide.
         say: is told what is being measured.
     """
-    # Until `first_token` puts another number there for a run; generate makes a configuration of its own of them.
-    greedy: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
+
+    def greedy(tokens: int) -> dict[str, Any]:
+        return {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+
     base, memory = model.base, model.memory
     static = {"cache_implementation": "static"}
     on_gpu = base.device.type == "cuda"
     alone = CAPTURED if on_gpu else PACKED
-    ways: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
-        "base alone": ("base", lambda ids: base.generate(ids, **greedy)),
-        COMPILED: ("base", lambda ids: base.generate(ids, compile_config=_compile_anywhere(), **static, **greedy)),
-        "composite (transformers)": ("mixture", lambda ids: model.generate(ids, decoding="composite", **greedy)),
-        "parallel": ("mixture", lambda ids: model.generate(ids, decoding="parallel", **greedy)),
+    ways: dict[str, tuple[str, Callable[[int, Tensor], Any]]] = {
+        "base alone": ("base", lambda n, ids: base.generate(ids, **greedy(n))),
+        COMPILED: (
+            "base",
+            lambda n, ids: base.generate(ids, compile_config=_compile_anywhere(), **static, **greedy(n)),
+        ),
+        "composite (transformers)": ("mixture", lambda n, ids: model.generate(ids, decoding="composite", **greedy(n))),
+        "parallel": ("mixture", lambda n, ids: model.generate(ids, decoding="parallel", **greedy(n))),
     }
     if on_gpu:
         room = graphs.room_for(max(ids.shape[1] for ids in prompts) + new_tokens + 1)
         singles = {name: Alone(model, name, room) for name in ("base", "memory")}
-        ways[CAPTURED] = ("base", lambda ids: singles["base"].generate(ids, new_tokens))
-        ways["memory alone"] = ("memory", lambda ids: singles["memory"].generate(ids, new_tokens))
+        ways[CAPTURED] = ("base", lambda n, ids: singles["base"].generate(ids, n))
+        ways["memory alone"] = ("memory", lambda n, ids: singles["memory"].generate(ids, n))
     else:
-        ways["base alone, static"] = ("base", lambda ids: base.generate(ids, disable_compile=True, **static, **greedy))
-        ways[PACKED] = ("base", lambda ids: _generate_packed(base, ids, greedy))
-        ways["memory alone"] = ("memory", lambda ids: _generate_packed(memory, ids, greedy))
+        ways["base alone, static"] = (
+            "base",
+            lambda n, ids: base.generate(ids, disable_compile=True, **static, **greedy(n)),
+        )
+        ways[PACKED] = ("base", lambda n, ids: _generate_packed(base, ids, greedy(n)))
+        ways["memory alone"] = ("memory", lambda n, ids: _generate_packed(memory, ids, greedy(n)))
     if acceptance is None:  # transformers' drafts cannot be forced
-        ways["assisted (transformers)"] = ("base", lambda ids: base.generate(ids, assistant_model=memory, **greedy))
+        ways["assisted (transformers)"] = (
+            "base",
+            lambda n, ids: base.generate(ids, assistant_model=memory, **greedy(n)),
+        )
     for gamma in draft_tokens:
         ways[f"speculative, {gamma} drafts"] = (
             "mixture",
-            lambda ids, n=gamma: model.generate(ids, decoding="speculative", draft_tokens=n, **greedy),  # type: ignore[misc]
+            lambda n, ids, gamma=gamma: model.generate(ids, decoding="speculative", draft_tokens=gamma, **greedy(n)),  # type: ignore[misc]
         )
         if on_gpu and compiled:
             ways[f"speculative, {gamma} drafts, compiled"] = (
@@ -183,9 +194,9 @@ def measure(
     if on_gpu and compiled:
         with _environment("MEMDEC_COMPILE", "1"):
             quick = Alone(model, "base", room)
-        ways[BOTH] = ("base", lambda ids: quick.generate(ids, new_tokens))
+        ways[BOTH] = ("base", lambda n, ids: quick.generate(ids, n))
         ways["parallel, compiled"] = ("mixture", _compiled(ways["parallel"][1]))
-    ways["auto"] = ("mixture", lambda ids: model.generate(ids, decoding="auto", **greedy))
+    ways["auto"] = ("mixture", lambda n, ids: model.generate(ids, decoding="auto", **greedy(n)))
     if not compiled:
         del ways[COMPILED]
 
@@ -195,18 +206,11 @@ def measure(
         if name == "auto" or name.startswith("speculative"):
             accepted[name].append(model.last_decode)
 
-    def first_token(run: Callable[[Tensor], Any], ids: Tensor) -> None:
-        greedy["max_new_tokens"] = 1
-        try:
-            run(ids)
-        finally:
-            greedy["max_new_tokens"] = new_tokens
-
     runs: dict[str, Callable[[Tensor], Any]] = {}
     for name, (_, run) in ways.items():
         if not on_gpu and new_tokens > 1:
-            runs[FIRST + name] = partial(first_token, run)
-        runs[name] = run
+            runs[FIRST + name] = partial(run, 1)
+        runs[name] = partial(run, new_tokens)
     with forced_acceptance(model, acceptance):
         seconds, notes = take_turns(runs, prompts, repeats, after=keep_decode, say=say)
     medians = {name: statistics.median(found) / new_tokens for name, found in seconds.items() if found}
@@ -480,12 +484,12 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _compiled(run: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+def _compiled(run: Callable[[int, Tensor], Any]) -> Callable[[int, Tensor], Any]:
     """The same with both models' steps compiled before they are captured."""
 
-    def compiled(ids: Tensor) -> Any:
+    def compiled(n: int, ids: Tensor) -> Any:
         with _environment("MEMDEC_COMPILE", "1"):
-            return run(ids)
+            return run(n, ids)
 
     return compiled
 

@@ -168,7 +168,7 @@ def domain_text(out: Path, max_tokens: int, say: Callable[[str], object]) -> tup
             raise MemdecError(f"Cannot write to {out}: {error.strerror}. Choose another folder with --out.") from error
         try:
             if not folder.exists():
-                write_documents(text, scratch)
+                write_documents(text.documents, scratch)
                 write_file(record, json.dumps(facts, indent=1).encode())
                 os.replace(scratch, folder)
         finally:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,8 +206,8 @@ def _leading_lengths(lengths: list[int], limit: int) -> list[int]:
     return kept
 
 
-def write_documents(text: DomainText, folder: Path) -> None:
-    """Write each document to ``folder``/NAME.txt: plain text for `memdec fit`, and for a curious reader."""
+def write_documents(documents: Iterable[tuple[str, str]], folder: Path) -> None:
+    """Write (name, text) to ``folder``/NAME.txt, for `memdec fit` and for a curious reader."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in text.documents:
+    for name, content in documents:
         (folder / f"{name}.txt").write_text(content, encoding="utf-8")

@@ -9,7 +9,7 @@ from memdec import _C
 from memdec.ops import checks, launch
 from memdec.ops.mixture import alpha_rows, checked, described_pair, plain_pair
 from memdec.ops.registration import is_traced, register
-from memdec.ops.rows import key_rows, plain_indices
+from memdec.ops.rows import Rows, key_rows, plain_indices
 
 
 def interpolate_sample(
@@ -71,22 +71,7 @@ def interpolate_sample(
     offset, offsets = checks.per_row("offset", offset, base_logits)
     if plain is not None and all(keys is None or plain_indices(keys, base_logits) for keys in (seeds, offsets)):
         out = base_logits.new_empty(*base_logits.shape[:-1], dtype=torch.int64)
-        launch.run(
-            _C.interpolate_sample,
-            base_logits.device,
-            *plain,
-            0,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seed,
-            *key_rows(seeds)[1:],
-            offset,
-            *key_rows(offsets)[1:],
-            out.data_ptr(),
-        )
-        return out
+        return _drawn(out, *plain, 0, temperature, top_k, top_p, min_p, seed, seeds, offset, offsets)
     arguments = (value, alphas, temperature, top_k, top_p, min_p, seed, seeds, offset, offsets)
     if is_traced(base_logits, memory_logits, alphas, seeds, offsets):
         tokens: Tensor = torch.ops.memdec.interpolate_sample(base_logits, memory_logits, *arguments)
@@ -112,11 +97,30 @@ def _kernel(
     shape = base_logits.shape[:-1]
     alphas, alpha_address = alpha_rows(alphas, shape, base_logits.device)
     out = torch.empty(shape, dtype=torch.int64, device=base_logits.device)
+    warpers = (temperature, top_k, top_p, min_p)
+    return _drawn(out, base, memory, alpha, alpha_address, *warpers, seed, seeds, offset, offsets)
+
+
+def _drawn(
+    out: Tensor,
+    base: Rows,
+    memory: Rows,
+    alpha: float,
+    alpha_address: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    seeds: Tensor | None,
+    offset: int,
+    offsets: Tensor | None,
+) -> Tensor:
     seeds, *seed_rows = key_rows(seeds)
     offsets, *offset_rows = key_rows(offsets)
     launch.run(
         _C.interpolate_sample,
-        base_logits.device,
+        out.device,
         base,
         memory,
         alpha,
