@@ -93,8 +93,12 @@ PARTS: dict[str, list[Grid]] = {
     "small-beta": runs(FOUR, [8], taught("knn", 0, 0.25, 0.75, 1.0)),
     "small-epochs": runs(FOUR, [20], PLAIN, taught("knn", 0)),
     "small-temperature": runs(FOUR, [8], taught("knn", 0, temperatures=(0.5, 1.0, 4.0))),
+    "small-rate": runs({**FOUR, "learning_rate": [2e-4]}, [8], PLAIN, taught("knn", 0)),
+    # Is the rate to blame?
+    "rate": runs({**WHOLE, "learning_rate": [3e-5, 3e-4]}, [3], PLAIN, taught("knn", 0)),
     # How sharp a teacher?
-    "temperature": runs(WHOLE, [3], taught("knn-lm", ADAPT, temperatures=(0.5, 1.0, 4.0))),
+    "temperature": runs(WHOLE, [3], taught("knn", 0, temperatures=(1.0, 4.0)))
+    + runs(WHOLE, [3], taught("knn-lm", ADAPT, temperatures=(0.5, 1.0, 4.0))),
     "many-epochs": runs(WHOLE, [20], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0)),
     "eight-blocks": runs(EIGHT, [8], PLAIN, taught("knn", 0), taught("knn-lm", ADAPT), taught("knn-lm", 0)),
     # What is left: the paper's own teacher, the base's distribution, more of β.
