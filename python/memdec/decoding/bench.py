@@ -21,6 +21,7 @@ from memdec.decoding import engine, graphs
 from memdec.decoding.engine import Reader
 from memdec.decoding.packing import packed_linears
 from memdec.decoding.plan import LONGEST_DRAFT, expected_tokens, speed_up
+from memdec.modeling.memory_model import MemoryModel
 from memdec.ops import verify_draft
 from memdec.ops.reference import VerifiedDraft
 
@@ -412,8 +413,6 @@ def forced_acceptance(model: Any, chance: float | None) -> Iterator[None]:
 def random_pair(base: str, memory: str, device: torch.device | str, dtype: torch.dtype, alpha: float = 0.5) -> Any:
     """A MemoryModel of random weights, made on the device, of two of the SHAPES: for the time of a step."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from memdec.modeling.memory_model import MemoryModel
 
     models = []
     for shape in (base, memory):

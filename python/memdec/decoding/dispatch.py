@@ -14,7 +14,7 @@ from memdec.decoding.plan import FIRST_DRAFT, Estimates
 from memdec.decoding.support import warpers_of, why_not
 from memdec.errors import MemdecError
 from memdec.modeling.cache import GENERATION_CACHE
-from memdec.modeling.memory_model import Decode
+from memdec.modeling.decode import Decode
 
 LOGGER = logging.getLogger(__name__)
 

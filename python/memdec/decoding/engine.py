@@ -31,8 +31,8 @@ from memdec.decoding.plan import LONGEST_RUN, Estimates
 from memdec.decoding.support import Warpers
 from memdec.errors import MemdecError
 from memdec.modeling.cache import cache_name
-from memdec.modeling.memory_model import Decode, takes
-from memdec.modeling.structure import bare, input_device
+from memdec.modeling.decode import Decode
+from memdec.modeling.structure import bare, input_device, takes
 from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
 from memdec.ops.reference import acceptance_coins
 

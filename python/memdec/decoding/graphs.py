@@ -36,8 +36,8 @@ from memdec.decoding.engine import ROOM, Continuations, Reader, row_seeds
 from memdec.decoding.fusing import fused, group_of
 from memdec.decoding.plan import LONGEST_DRAFT, Estimates
 from memdec.decoding.support import Warpers
-from memdec.modeling.memory_model import Decode, takes
-from memdec.modeling.structure import input_device
+from memdec.modeling.decode import Decode
+from memdec.modeling.structure import input_device, takes
 from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
 
 LOGGER = logging.getLogger(__name__)

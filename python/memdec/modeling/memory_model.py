@@ -15,12 +15,10 @@ logits takes: softmax of them is p_mix.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -32,12 +30,14 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
+from memdec.decoding import dispatch
 from memdec.errors import MemdecError
 from memdec.modeling.cache import CACHE_NAMES, GENERATION_CACHE, TwinCache, cache_name, cache_of
 from memdec.modeling.configuration import MemoryModelConfig
+from memdec.modeling.decode import Decode
 from memdec.modeling.scoring import chunked_log_prob, load_causal_lm, mixture_log_prob, vocabulary_width
 from memdec.modeling.sources import locate
-from memdec.modeling.structure import bare, input_device
+from memdec.modeling.structure import bare, input_device, takes
 from memdec.modeling.tokenizers import compare, fingerprint, load_tokenizer, width
 from memdec.ops import interpolate
 from memdec.stores.memory import CARD_NAME, MemoryCard, read_memory_card, write_memory_card, write_model_card
@@ -46,42 +46,6 @@ LOGGER = logging.getLogger(__name__)
 
 DECODINGS = ("auto", "composite", "parallel", "speculative")
 IGNORED_LABEL = -100
-
-
-@dataclass(frozen=True)
-class Decode:
-    """What the last ``generate`` did.
-
-    Attributes:
-        mode: how it decoded: "composite" is transformers' loop over forwards of the mixture, "parallel" one step of
-            each model a token, "speculative" drafts by the memory that the base verifies.
-        tokens: number of tokens made, over all returned rows; padding behind a row's end is not counted.
-        seconds: wall time by part; "total" is all of it. The engine adds "prefill", "draft" (steps of the memory),
-            "verify" (forwards of the base) and "choose" (verification, stopping, caches).
-        rounds: forwards of the base after the prompt; 0 for "composite", and so are the next three.
-        row_rounds: the same, each counted once for every row that was still going.
-        drafted: tokens drafted, over all rows.
-        accepted: those of them that stood.
-        acceptance: share of the drafts looked at that stood; None without drafts.
-        cost_ratio: c, a step of the memory over a step of the base.
-        reason: why it was "composite" though something else was asked for or could be chosen.
-    """
-
-    mode: str
-    tokens: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    rounds: int = 0
-    row_rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    acceptance: float | None = None
-    cost_ratio: float | None = None
-    reason: str | None = None
-
-    @property
-    def tokens_per_round(self) -> float | None:
-        """Tokens that a forward of the base brought a row, on average."""
-        return self.tokens / self.row_rounds if self.row_rounds else None
 
 
 class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -425,11 +389,8 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         start = time.perf_counter()
         self._engine_decode = None
         if decoding != "composite":
-            # The engine stands on this module; imports run one way.
-            from memdec.decoding.dispatch import Request
-
             given = frozenset(name for name, value in kwargs.items() if value is not None)
-            self._request = Request(decoding, draft_tokens, given)
+            self._request = dispatch.Request(decoding, draft_tokens, given)
         try:
             with drawing_from(generator, input_device(self.base)):
                 result = super().generate(inputs, *arguments, **kwargs)
@@ -465,11 +426,9 @@ class MemoryModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tr
         stop strings from it.)
         """
         if self._request is not None:
-            from memdec.decoding.dispatch import run
-
             done: Any = "the ranks of a distributed run go in step"
             if not synced_gpus:
-                done = run(
+                done = dispatch.run(
                     self,
                     self._request,
                     input_ids,
@@ -668,11 +627,6 @@ def positions(attention_mask: Tensor | None, position_ids: Tensor | None, length
         return position_ids
     counted = attention_mask.long().cumsum(-1) - 1
     return counted.masked_fill(attention_mask == 0, 0)[:, -length:]
-
-
-def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has an argument of that name."""
-    return argument in inspect.signature(bare(model).forward).parameters
 
 
 def keeping(model: nn.Module, logits_to_keep: int | Tensor) -> dict[str, Any]:

@@ -55,6 +55,11 @@ def bare(model: nn.Module) -> Any:
     return inner() if callable(inner) else model
 
 
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(bare(model).forward).parameters
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where the model wants its token ids: where its embeddings are.
 
