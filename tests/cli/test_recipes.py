@@ -178,7 +178,7 @@ def test_an_option_that_is_given_overrules_the_recipe(memdec, own, tmp_path):
     fields = json.loads((out / "training" / "training.json").read_text())["fields"]
     assert (fields["max_steps"], fields["beta"]) == (1, 0.25)  # of the command line
     assert (fields["batch_size"], fields["context"], fields["warmup"]) == (3, 48, 0.25)  # of the recipe
-    assert fields["epochs"] == 3  # of neither
+    assert fields["epochs"] == 8  # of neither
     assert json.loads((out / "corpus" / "manifest.json").read_text())["fields"]["fractions"] == [0.6, 0.2, 0.2]
     assert not (tmp_path / "run").exists()
     # The default of the command, said aloud, overrules as well.

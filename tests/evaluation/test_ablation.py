@@ -48,7 +48,7 @@ def test_every_combination_in_order(grid_run):
 
 def test_a_run_is_what_fit_alone_makes(grid_run, text, tiny_model_dir, tmp_path):
     out, _ = grid_run
-    alone = fit(tiny_model_dir, text, tmp_path / "alone", **OPTIONS, beta=1.0)
+    alone = fit(tiny_model_dir, text, tmp_path / "alone", **OPTIONS, beta=1.0, teacher="knn")
     weights = "model.safetensors"
     assert (out / "runs" / "beta=1.0_teacher=knn" / "memory" / weights).read_bytes() == (alone / weights).read_bytes()
 

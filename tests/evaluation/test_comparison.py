@@ -38,7 +38,7 @@ def run(tmp_path_factory, tiny_model_dir, make_text):
         (root / "text" / f"d{index:02d}.txt").write_text(make_text(10, index))
     (root / "general.txt").write_text("Numbers, 1 2 3 and 4, are not what the court reads before noon. " * 8)
     fit(tiny_model_dir, root / "text", root / "run", fractions=(0.6, 0.2, 0.2), context=CONTEXT, k=16, epochs=2,
-        learning_rate=3e-3, dtype="float32")  # fmt: skip
+        learning_rate=3e-3, dtype="float32", teacher="knn")  # fmt: skip
     result = compare(tiny_model_dir, root / "run" / "memory", root / "run" / "corpus", root / "out",
                      general=root / "general.txt", **OPTIONS)  # fmt: skip
     return SimpleNamespace(root=root, base=tiny_model_dir, result=result)

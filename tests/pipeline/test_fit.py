@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from memdec import MemdecError
+from memdec.pipeline.adapt import choose_teacher
 from memdec.pipeline.fit import fit
 from memdec.pipeline.teachers import build_teacher
 from memdec.pipeline.train import train_memory
@@ -30,6 +31,7 @@ OPTIONS: dict[str, Any] = {
 # Imports everything once; each attempt is a child of its own, killed from here with SIGKILL. Prints one JSON line.
 KILLER = """
 import json, os, random, shutil, signal, sys, time, traceback
+from memdec.pipeline.adapt import choose_teacher
 from memdec.pipeline.fit import fit
 import transformers.models.llama.modeling_llama
 
@@ -110,7 +112,9 @@ def content(folder: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("teacher", [{}, {"adapt_epochs": 1, "teacher": "knn-lm"}], ids=["knn", "adapted"])
+@pytest.mark.parametrize(
+    "teacher", [{"teacher": "knn"}, {"adapt_epochs": 1, "teacher": "knn-lm"}], ids=["knn", "adapted"]
+)
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path, teacher: dict[str, Any]
 ) -> None:
@@ -125,7 +129,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     assert len(report["stages"]) >= KILLS
     undisturbed = content(tmp_path / "runs" / "undisturbed")
     assert "memory/model.safetensors" in undisturbed and "memory/README.md" in undisturbed
-    assert ("adapted/memory/model.safetensors" in undisturbed) == bool(teacher)
+    assert ("adapted/memory/model.safetensors" in undisturbed) == ("adapt_epochs" in teacher)
     for folder in report["finished"]:
         killed = content(Path(folder))
         assert killed.keys() == undisturbed.keys()
@@ -183,6 +187,37 @@ def test_an_adapted_teacher_is_what_the_stages_alone_make(
     damaged = tmp_path / "run" / "adapted" / "memory" / weights
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     assert verify(tmp_path / "run") == [f"adapted/memory/{weights} is damaged: its checksum differs"]
+
+
+@pytest.mark.parametrize(
+    ("said", "teacher", "epochs"),
+    [
+        ({}, "knn-lm", 3),
+        ({"layers": 4}, "knn", 0),
+        ({"init": "small"}, "knn", 0),
+        ({"teacher": "knn-lm"}, "knn-lm", 0),
+        ({"teacher": "one-hot"}, "one-hot", 0),
+        ({"teacher_model": "large"}, "knn", 0),
+        ({"adapt_epochs": 0}, "knn", 0),
+        ({"adapt_epochs": 2, "layers": 4}, "knn-lm", 2),
+        ({"adapt_epochs": 2, "teacher": "knn"}, "knn", 2),
+        ({"teacher": None, "adapt_epochs": None, "init": None, "layers": None, "teacher_model": None}, "knn-lm", 3),
+    ],
+)
+def test_who_teaches_where_it_is_not_said(said: dict[str, Any], teacher: str, epochs: int) -> None:
+    assert choose_teacher(said) == (teacher, epochs)
+
+
+def test_a_whole_copy_has_an_adapted_teacher_and_a_smaller_memory_the_retriever(
+    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path
+) -> None:
+    run = {**OPTIONS, "max_steps": 1}
+    whole = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "whole", **run)
+    told = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "told", **run, teacher="knn-lm", adapt_epochs=3)
+    assert content(whole) == content(told)
+    assert sorted(path.name for path in whole.parent.iterdir()) == sorted(path.name for path in told.parent.iterdir())
+    small = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "small", **run, layers=1)
+    assert not (small.parent / "adapted").exists() and not (small.parent / "teacher-knn-lm").exists()
 
 
 def test_without_a_context_an_adapted_teacher_gets_the_datastore_s(

@@ -48,11 +48,14 @@ SameDocument = Annotated[
 ]
 Codec = Annotated[str, typer.Option(help="How probabilities are stored: log8 (one byte) or float16.")]
 MemoryLimit = Annotated[str, typer.Option(help="Working memory of the search, such as 1GiB.")]
-Teacher = Annotated[
-    str,
+TEACHERS = "knn (the retriever), lm (a model's own distribution), knn-lm (both, mixed) or one-hot (the text itself)"
+Teacher = Annotated[str, typer.Option(help=f"What the memory imitates: {TEACHERS}.")]
+FitTeacher = Annotated[
+    str | None,
     typer.Option(
-        help="What the memory imitates: knn (the retriever), lm (a model's own distribution), knn-lm (both, "
-        "mixed) or one-hot (the text itself)."
+        "--teacher",
+        help=f"What the memory imitates: {TEACHERS}; default: knn-lm, adapted, for a whole copy of the base, knn for a "
+        "smaller memory.",
     ),
 ]
 TeacherModel = Annotated[
@@ -62,11 +65,12 @@ TeacherModel = Annotated[
     ),
 ]
 AdaptEpochs = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=0,
         help="Fine-tune a copy of the model that teaches on the text first, so many epochs by plain cross-entropy "
-        "(kept at OUT/adapted); 0: it teaches as it is.",
+        "(kept at OUT/adapted); 0: it teaches as it is; default: 3 for a whole copy of the base whose teacher is not "
+        "named, else 0.",
     ),
 ]
 TopK = Annotated[int, typer.Option(min=1, help="Tokens kept of the language model's distribution, for lm and knn-lm.")]
@@ -124,13 +128,13 @@ def fit(
     backend: Backend = "exact",
     exclude_same_document: SameDocument = False,
     memory_limit: MemoryLimit = "1GiB",
-    teacher: Teacher = "knn",
+    teacher: FitTeacher = None,
     teacher_model: TeacherModel = None,
-    adapt_epochs: AdaptEpochs = 0,
+    adapt_epochs: AdaptEpochs = None,
     top_k: TopK = 64,
     init: Init = None,
     layers: Layers = None,
-    epochs: Epochs = 3,
+    epochs: Epochs = 8,
     max_steps: MaxSteps = None,
     beta: Beta = 0.5,
     batch_size: TrainBatch = 4,
@@ -159,7 +163,7 @@ def fit(
       memdec fit path/to/model path/to/text --out run
       memdec fit path/to/model notes.jsonl --out run --context 512 --epochs 1 --max-tokens 100000
       memdec fit path/to/large-model text --init path/to/small-model --out run      a small memory for a large base
-      memdec fit path/to/model text --out run --adapt-epochs 3 --teacher knn-lm     a teacher that knows the domain
+      memdec fit path/to/model text --out run --teacher knn     the paper's teacher: the plain base's retriever
       memdec fit path/to/model text --out grid --ablate beta=0,0.5,1 --ablate epochs=1,3     which settings matter
       memdec fit --recipe recipes/wikitext103-gpt2.toml --dry-run --on h100     what a published run would cost
     """
@@ -332,7 +336,7 @@ def train(
         str | None, typer.Option(help="Model that the memory will be mixed with; default: the one it starts from.")
     ] = None,
     layers: Layers = None,
-    epochs: Epochs = 3,
+    epochs: Epochs = 8,
     max_steps: MaxSteps = None,
     beta: Beta = 0.5,
     batch_size: TrainBatch = 4,

@@ -86,6 +86,7 @@ def run_demo(
     options: dict[str, Any] = {
         "fractions": FRACTIONS,
         "context": CONTEXT,
+        "teacher": "knn",
         "k": NEIGHBOURS,
         "epochs": EPOCHS,
         "learning_rate": LEARNING_RATE,

@@ -37,13 +37,13 @@ from memdec.evaluation.perplexity import sliding_protocol
 from memdec.modeling.scoring import choose_dtype, load_causal_lm, mixture_log_prob, perplexity, score_tokens
 from memdec.modeling.sources import read_config
 from memdec.modeling.tokenizers import load_tokenizer
-from memdec.pipeline.adapt import SHARED, adapt_model, check_adaptation
+from memdec.pipeline.adapt import SHARED, adapt_model, choose_teacher
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions
 from memdec.pipeline.embed import build_datastore, default_device
 from memdec.pipeline.fit import fit
 from memdec.pipeline.progress import progress
-from memdec.pipeline.teachers import TEACHERS, build_teacher
+from memdec.pipeline.teachers import build_teacher
 from memdec.pipeline.train import Settings, files_fingerprint, model_name, train_memory
 from memdec.readable import number
 from memdec.stores.atomic import folder_lock, make_folder, write_file
@@ -174,9 +174,7 @@ def ablate(
     for combination in combinations:  # not after hours of training
         settings = {**options, **combination}
         Settings(**_chosen(settings, TRAIN_OPTIONS[:-3])).check()
-        if settings.get("teacher", "knn") not in TEACHERS:
-            raise MemdecError(f"--teacher wants one of {', '.join(TEACHERS)}; got {settings['teacher']!r}.")
-        check_adaptation(settings.get("adapt_epochs", 0), settings.get("teacher", "knn"))
+        choose_teacher(settings)
     folder = make_folder(Path(out))
     with folder_lock(folder):
         text = build_corpus(os.fspath(corpus), os.fspath(model), folder / "corpus", seed=int(options.get("seed", 0)),
@@ -224,10 +222,9 @@ def _teacher(
             made[path] = make(*arguments, path, **named)
         return made[path]
 
-    kind = settings.get("teacher", "knn")
+    kind, epochs = choose_teacher(settings)
     taught_by = settings.get("teacher_model") or model
     called = slug(taught_by)  # what is made with it
-    epochs = settings.get("adapt_epochs")
     if epochs:
         shared = _chosen(common, SHARED)
         called = f"adapted-{name_of({'of': taught_by, 'epochs': epochs, **shared})}"

@@ -16,13 +16,14 @@ and lies as `train` leaves it:
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memdec.errors import MemdecError
 from memdec.modeling.sources import read_config
 from memdec.pipeline.embed import DEFAULT_CONTEXT
-from memdec.pipeline.teachers import build_teacher
+from memdec.pipeline.teachers import TEACHERS, build_teacher
 from memdec.pipeline.train import Settings, train_memory
 from memdec.stores.corpus import Corpus
 
@@ -32,8 +33,35 @@ OWN = ("beta", "layers", "epochs", "max_steps", "judge", "lora_rank")
 SHARED = tuple(name for name in Settings.__dataclass_fields__ if name not in OWN)
 
 
-def check_adaptation(epochs: int, teacher: str) -> None:
-    """Raise ``MemdecError`` for an adaptation that cannot be, or that nothing would come of."""
+DEFAULT_EPOCHS = 3
+
+
+def choose_teacher(options: Mapping[str, Any]) -> tuple[str, int]:
+    """Who teaches, and for how many epochs that model is adapted first, where a user has not said it.
+
+    A memory that is a whole copy of its base is taught by the kNN-LM of an adapted base, the best teacher that was
+    found (docs/when_knn_pays.md); that takes one more training of a model of that size. A smaller memory is taught by
+    the plain base's retriever: adapting would mean to train a model that is larger than the memory. A teacher or
+    teacher's model that is named stands as it is.
+
+    Args:
+        options: those of ``fit``, of which ``teacher``, ``adapt_epochs``, ``teacher_model``, ``init`` and ``layers``
+            count; None is as good as missing.
+
+    Returns:
+        Teacher and epochs.
+
+    Raises:
+        MemdecError: there is no such teacher, or nothing would come of the adaptation.
+    """
+    teacher, epochs = options.get("teacher"), options.get("adapt_epochs")
+    if epochs is None:
+        said = any(options.get(name) is not None for name in ("teacher", "teacher_model", "init", "layers"))
+        epochs = 0 if said else DEFAULT_EPOCHS
+    if teacher is None:
+        teacher = "knn-lm" if epochs else "knn"
+    if teacher not in TEACHERS:
+        raise MemdecError(f"--teacher is {teacher!r}; wanted one of {', '.join(TEACHERS)}.")
     if epochs < 0:
         raise MemdecError(f"--adapt-epochs is {epochs}; wanted 0 (take the teacher's model as it is) or more.")
     if epochs and teacher == "one-hot":
@@ -41,6 +69,7 @@ def check_adaptation(epochs: int, teacher: str) -> None:
             "--adapt-epochs adapts the model that teaches, and the teacher one-hot asks no model. Leave one of them "
             "out, or take --teacher knn, lm or knn-lm."
         )
+    return teacher, epochs
 
 
 def adapt_model(

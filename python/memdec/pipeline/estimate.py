@@ -50,13 +50,13 @@ from memdec.errors import MemdecError
 from memdec.modeling.sources import first_line, read_config
 from memdec.modeling.structure import key_width, output_head, text_config, trunk
 from memdec.modeling.tokenizers import load_tokenizer
-from memdec.pipeline.adapt import check_adaptation
+from memdec.pipeline.adapt import choose_teacher
 from memdec.pipeline.batches import steps_in_epoch
 from memdec.pipeline.distributions import check_search
 from memdec.pipeline.documents import read_documents
 from memdec.pipeline.embed import DEFAULT_CONTEXT
 from memdec.pipeline.initialise import choose_blocks, cut_blocks
-from memdec.pipeline.teachers import DEFAULT_TOP_K, TEACHERS
+from memdec.pipeline.teachers import DEFAULT_TOP_K
 from memdec.pipeline.train import Settings
 
 FORMAT = "memdec.estimate"
@@ -241,13 +241,9 @@ def estimate_fit(
     if not 0 < used <= 1:
         raise MemdecError(f"--utilisation is {used}; wanted a share of the device's peak, above 0 and at most 1.")
     known = shapes or {}
-    teacher = options.get("teacher", "knn")
-    if teacher not in TEACHERS:
-        raise MemdecError(f"--teacher is {teacher!r}; wanted one of {', '.join(TEACHERS)}.")
+    teacher, adapt_epochs = choose_teacher(options)
     settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__ if name in options})
     settings.check()
-    adapt_epochs = int(options.get("adapt_epochs", 0))
-    check_adaptation(adapt_epochs, teacher)
     backend = str(options.get("backend", "exact")).lower()
     limit = check_search(options.get("temperature"), backend, options.get("memory_limit", "1GiB"))
     base = read_shape(model, known)

@@ -23,13 +23,13 @@ from memdec.errors import MemdecError
 from memdec.modeling.scoring import check_device
 from memdec.modeling.sources import read_config
 from memdec.modeling.tokenizers import compare, load_tokenizer
-from memdec.pipeline.adapt import SHARED, adapt_model, check_adaptation
+from memdec.pipeline.adapt import SHARED, adapt_model, choose_teacher
 from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.distributions import build_distributions, check_search
 from memdec.pipeline.embed import build_datastore, default_device
 from memdec.pipeline.initialise import choose_blocks
 from memdec.pipeline.search import load_faiss
-from memdec.pipeline.teachers import DEFAULT_TOP_K, TEACHERS, build_teacher
+from memdec.pipeline.teachers import DEFAULT_TOP_K, build_teacher
 from memdec.pipeline.train import Settings, train_memory
 
 LOGGER = logging.getLogger(__name__)
@@ -63,13 +63,13 @@ def fit(
     codec: str = "log8",
     memory_limit: str | int = "1GiB",
     # teacher
-    teacher: str = "knn",
+    teacher: str | None = None,
     teacher_model: str | os.PathLike[str] | None = None,
-    adapt_epochs: int = 0,
+    adapt_epochs: int | None = None,
     top_k: int = DEFAULT_TOP_K,
     # training
     beta: float = 0.5,
-    epochs: int = 3,
+    epochs: int = 8,
     max_steps: int | None = None,
     batch_size: int = 4,
     gradient_accumulation: int = 1,
@@ -113,10 +113,13 @@ def fit(
         memory_limit: memory that the search may take.
         teacher: what the memory imitates: "knn", the retriever; "lm", a language model; "knn-lm", both mixed; or
             "one-hot", the text itself. See :mod:`memdec.pipeline.teachers`. "lm" and "one-hot" need no datastore.
+            None: the kNN-LM of an adapted base for a whole copy of it, the base's retriever for a smaller memory; see
+            :func:`memdec.pipeline.adapt.choose_teacher`.
         teacher_model: the model that teaches, by its keys ("knn"), its own distributions ("lm") or both ("knn-lm");
             None is `model`. It must have the same tokenizer.
         adapt_epochs: fine-tune a copy of that model on the training text first, so many epochs by plain cross-entropy
             with the settings of the training below, and let it teach; see :mod:`memdec.pipeline.adapt`. 0: as it is.
+            None: 3 for a whole copy of the base without a `teacher` or `teacher_model` of yours, else 0.
         top_k: tokens that are kept of its distributions.
         beta: weight of the KL term in the loss, 0 to 1.
         epochs: times that training reads the text.
@@ -171,9 +174,10 @@ def fit(
     check_search(temperature, backend, memory_limit)
     if backend.lower() != "exact":
         load_faiss()
-    if teacher not in TEACHERS:
-        raise MemdecError(f"--teacher is {teacher!r}; wanted one of {', '.join(TEACHERS)}.")
-    check_adaptation(adapt_epochs, teacher)
+    teacher, adapt_epochs = choose_teacher(
+        {"teacher": teacher, "adapt_epochs": adapt_epochs, "teacher_model": teacher_model, "init": init,
+         "layers": layers}
+    )  # fmt: skip
     if layers is not None:
         config = read_config(model if init is None else init).get_text_config()
         choose_blocks(int(config.num_hidden_layers), layers)
@@ -189,6 +193,7 @@ def fit(
             "fit runs in one process. Run the stages before training alone, then "
             "`torchrun --nproc-per-node=N -m memdec train …` or `accelerate launch -m memdec train …`."
         )
+    LOGGER.info("teacher: %s%s", teacher, f", of a model adapted for {adapt_epochs} epochs" if adapt_epochs else "")
     stages = iter(range(1, 6))
     of = 5 if adapt_epochs else 4
     LOGGER.info("%d of %d: corpus", next(stages), of)

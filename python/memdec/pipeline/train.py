@@ -80,7 +80,7 @@ class Settings:
 
     beta: float = 0.5
     layers: int | None = None
-    epochs: int = 3
+    epochs: int = 8
     max_steps: int | None = None
     batch_size: int = 4
     gradient_accumulation: int = 1
@@ -140,7 +140,7 @@ def train_memory(
     base: str | os.PathLike[str] | None = None,
     beta: float = 0.5,
     layers: int | None = None,
-    epochs: int = 3,
+    epochs: int = 8,
     max_steps: int | None = None,
     batch_size: int = 4,
     gradient_accumulation: int = 1,
