@@ -86,8 +86,9 @@ PARTS: dict[str, list[Grid]] = {
     + runs(WHOLE, [3 + ADAPT], PLAIN),
     # How much of it?
     "beta": runs(WHOLE, [3], taught("knn-lm", ADAPT, 0.25, 1.0, 0.1)),
-    # Does it overfit later?
-    "epochs": runs(WHOLE, [8], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0)),
+    # Does it overfit later? And is that the kNN signal?
+    "epochs": runs(WHOLE, [8], PLAIN, taught("knn-lm", ADAPT), taught("knn-lm", 0), taught("lm", ADAPT))
+    + runs(WHOLE, [8 + ADAPT], PLAIN),
     # Does a small memory need it more?
     "small": runs(FOUR, [8], taught("knn-lm", 0), taught("knn-lm", ADAPT), taught("lm", ADAPT)),
     "small-beta": runs(FOUR, [8], taught("knn", 0, 0.25, 0.75, 1.0)),

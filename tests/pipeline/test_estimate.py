@@ -177,14 +177,16 @@ def test_an_adapted_teacher_costs_a_training_of_its_model():
     """The teacher is larger than the memory; adapting it is what training a memory of its size would cost."""
     shapes = {"m": GPT2, "t": {**GPT2, "n_layer": 5}}
     found = estimate_fit("m", None, tokens=1000, shapes=shapes, context=11, teacher_model="t", adapt_epochs=3,
-                         teacher="knn-lm", max_steps=2, beta=0.25)  # fmt: skip
+                         teacher="knn-lm", epochs=1, beta=0.25)  # fmt: skip
     names = ["corpus", "adapted", "datastore", "distributions", "teacher knn-lm", "training", "memory"]
     assert [entry.name for entry in found.parts] == names
     alone = part(estimate_fit("t", None, tokens=1000, shapes=shapes, context=11, epochs=3), "training")
     adapted = part(found, "adapted")
     assert (adapted.flops, adapted.what) == (alone.flops, alone.what)
     assert adapted.disk == alone.disk + 899 * (3 + 6)  # the text as a teacher: a token and its probability a row
-    assert found.steps == 2
+    assert 3 * found.steps == estimate_fit("t", None, tokens=1000, shapes=shapes, context=11, epochs=3).steps
+    short = estimate_fit("m", None, tokens=1000, shapes=shapes, context=11, adapt_epochs=3, max_steps=2)
+    assert part(short, "adapted").what == part(short, "training").what  # both end after two steps
     with pytest.raises(MemdecError, match="asks no model"):
         small(adapt_epochs=1, teacher="one-hot")
 

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 
 from memdec import MemdecError
-from memdec.pipeline.adapt import choose_teacher
+from memdec.pipeline.adapt import adapt_model, choose_teacher
+from memdec.pipeline.corpus import build_corpus
 from memdec.pipeline.fit import fit
 from memdec.pipeline.teachers import build_teacher
 from memdec.pipeline.train import train_memory
 from memdec.stores.corpus import Corpus
 from memdec.stores.memory import read_memory_card
 from memdec.stores.verify import verify
+from memdec.stores.windows import windows
 
 KILLS = 10
 
@@ -31,7 +33,6 @@ OPTIONS: dict[str, Any] = {
 # Imports everything once; each attempt is a child of its own, killed from here with SIGKILL. Prints one JSON line.
 KILLER = """
 import json, os, random, shutil, signal, sys, time, traceback
-from memdec.pipeline.adapt import choose_teacher
 from memdec.pipeline.fit import fit
 import transformers.models.llama.modeling_llama
 
@@ -163,7 +164,7 @@ def test_an_adapted_teacher_is_what_the_stages_alone_make(
     tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path
 ) -> None:
     """The model fine-tuned by `train` with the teacher one-hot and β 0 is given as the teacher's model by hand."""
-    run = {**OPTIONS, "max_steps": 4, "teacher": "knn-lm"}
+    run = {**OPTIONS, "epochs": 1, "teacher": "knn-lm"}
     memory = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "run", **run, adapt_epochs=2)
     corpus = Corpus.open(tmp_path / "run" / "corpus")
     text = build_teacher("one-hot", corpus, tmp_path / "text", context=48)
@@ -176,13 +177,13 @@ def test_an_adapted_teacher_is_what_the_stages_alone_make(
     assert (memory / weights).read_bytes() == (by_hand / weights).read_bytes()
     plain = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "plain", **run)
     assert (memory / weights).read_bytes() != (plain / weights).read_bytes()
-    # It learned the text, its best checkpoint was kept, and its own length has nothing to do with the memory's.
+    # It learned the text, its best checkpoint was kept, and its length is its own.
     found = read_memory_card(tmp_path / "run" / "adapted" / "memory").provenance
     assert found["figures"]["memory_perplexity"] < found["figures"]["base_perplexity"]
     rows = [json.loads(line) for line in (tmp_path / "run/adapted/training/log.jsonl").read_text().splitlines()]
     judged = [row["memory_perplexity"] for row in rows if "memory_perplexity" in row]
     assert found["figures"]["memory_perplexity"] == min(judged)
-    assert found["total_steps"] > read_memory_card(memory).provenance["total_steps"] == 4
+    assert found["total_steps"] == 2 * read_memory_card(memory).provenance["total_steps"]
     assert verify(tmp_path / "run") == []
     damaged = tmp_path / "run" / "adapted" / "memory" / weights
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
@@ -218,6 +219,17 @@ def test_a_whole_copy_has_an_adapted_teacher_and_a_smaller_memory_the_retriever(
     assert sorted(path.name for path in whole.parent.iterdir()) == sorted(path.name for path in told.parent.iterdir())
     small = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "small", **run, layers=1)
     assert not (small.parent / "adapted").exists() and not (small.parent / "teacher-knn-lm").exists()
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(2, 2), (1000, None)])
+def test_max_steps_shortens_the_adaptation_and_never_prolongs_it(
+    tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path, max_steps: int, steps: int | None
+) -> None:
+    corpus = build_corpus(str(tiny_corpus_dir), str(tiny_model_dir), tmp_path / "tokens", max_tokens=2000)
+    shared = {name: OPTIONS[name] for name in ("context", "batch_size", "learning_rate", "device", "dtype")}
+    epoch = -(-len(windows(corpus.split("train").num_tokens, 48)) // shared["batch_size"])
+    adapted = adapt_model(tiny_model_dir, corpus, tmp_path / "adapted", epochs=2, max_steps=max_steps, **shared)
+    assert read_memory_card(adapted).provenance["total_steps"] == (steps or 2 * epoch)
 
 
 def test_without_a_context_an_adapted_teacher_gets_the_datastore_s(

@@ -22,13 +22,15 @@ from typing import Any
 
 from memdec.errors import MemdecError
 from memdec.modeling.sources import read_config
+from memdec.pipeline.batches import steps_in_epoch
 from memdec.pipeline.embed import DEFAULT_CONTEXT
 from memdec.pipeline.teachers import TEACHERS, build_teacher
 from memdec.pipeline.train import Settings, train_memory
 from memdec.stores.corpus import Corpus
+from memdec.stores.windows import windows
 
 # What is the memory's own, and not its teacher's.
-OWN = ("beta", "layers", "epochs", "max_steps", "judge", "lora_rank")
+OWN = ("beta", "layers", "epochs", "judge", "lora_rank")
 # The settings of the training of a memory that the adaptation of its teacher takes over.
 SHARED = tuple(name for name in Settings.__dataclass_fields__ if name not in OWN)
 
@@ -72,6 +74,11 @@ def choose_teacher(options: Mapping[str, Any]) -> tuple[str, int]:
     return teacher, epochs
 
 
+def steps_of(epochs: int, max_steps: int | None, steps_in_an_epoch: int) -> int:
+    """Steps of an adaptation: its epochs, but no more than the memory is given."""
+    return min(epochs * steps_in_an_epoch, max_steps or epochs * steps_in_an_epoch)
+
+
 def adapt_model(
     model: str | os.PathLike[str],
     corpus: Corpus,
@@ -88,7 +95,8 @@ def adapt_model(
         out: the folder for it.
         epochs: times that the training text is read.
         options: of :func:`memdec.pipeline.train.train_memory`, those of `SHARED` and ``save_every``, ``tensorboard``
-            and ``device``. Without ``context`` it is 512, or what the model has positions for.
+            and ``device``. Without ``context`` it is 512, or what the model has positions for. ``max_steps`` ends the
+            adaptation earlier, too.
 
     Returns:
         The adapted model's folder, ``out/memory``.
@@ -103,5 +111,10 @@ def adapt_model(
         context = min(DEFAULT_CONTEXT, int(positions or DEFAULT_CONTEXT) + 1)
     stride = options.pop("stride", None)
     teacher = build_teacher("one-hot", corpus, out / "teacher", context=context, stride=stride)
+    if max_steps := options.pop("max_steps", None):
+        settings = Settings(**{name: options[name] for name in SHARED if name in options})
+        number = len(windows(corpus.split("train").num_tokens, context, stride))
+        epoch = steps_in_epoch(number, settings.batch_size * settings.gradient_accumulation)
+        options["max_steps"] = steps_of(epochs, max_steps, epoch)
     return train_memory(model, corpus, teacher, out, epochs=epochs, beta=0.0, judge="alone", context=context,
                         stride=stride, **options)  # fmt: skip
