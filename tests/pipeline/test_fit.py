@@ -219,6 +219,9 @@ def test_a_whole_copy_has_an_adapted_teacher_and_a_smaller_memory_the_retriever(
     assert sorted(path.name for path in whole.parent.iterdir()) == sorted(path.name for path in told.parent.iterdir())
     small = fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "small", **run, layers=1)
     assert not (small.parent / "adapted").exists() and not (small.parent / "teacher-knn-lm").exists()
+    with pytest.raises(MemdecError, match="whose teacher was not adapted"):  # before the adaptation
+        fit(tiny_model_dir, tiny_corpus_dir, small.parent, **run)
+    assert not (small.parent / "adapted").exists()
 
 
 @pytest.mark.parametrize(("max_steps", "steps"), [(2, 2), (1000, None)])

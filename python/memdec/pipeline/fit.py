@@ -193,6 +193,11 @@ def fit(
             "fit runs in one process. Run the stages before training alone, then "
             "`torchrun --nproc-per-node=N -m memdec train …` or `accelerate launch -m memdec train …`."
         )
+    if adapt_epochs and (out / "datastore").exists() and not (out / "adapted").exists():  # not after a training
+        raise MemdecError(
+            f"{out} holds a run whose teacher was not adapted, and this one would be for {adapt_epochs} epochs. Say "
+            "--adapt-epochs 0 (and its --teacher) to continue it, or choose another folder."
+        )
     LOGGER.info("teacher: %s%s", teacher, f", of a model adapted for {adapt_epochs} epochs" if adapt_epochs else "")
     stages = iter(range(1, 6))
     of = 5 if adapt_epochs else 4
