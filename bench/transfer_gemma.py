@@ -93,8 +93,8 @@ def main() -> None:
 def make_memory(model: Path, run: Path, tokens: int, epochs: int) -> None:
     """A memory of all of the model, of the demo's text; one window a step, so that a tenth of the steps is not two."""
     text, _ = domain_text(run, tokens, print)
-    fit(model, text, run, fractions=FRACTIONS, max_tokens=tokens, context=512, k=256, batch_size=1, epochs=epochs,
-        learning_rate=1e-4, tensorboard=False)  # fmt: skip
+    fit(model, text, run, fractions=FRACTIONS, max_tokens=tokens, context=512, teacher="knn", k=256, batch_size=1,
+        epochs=epochs, learning_rate=1e-4, tensorboard=False)  # fmt: skip
 
 
 def gemma_folder(cache: Path) -> Path:
