@@ -178,7 +178,7 @@ def test_an_artefact_of_another_version_is_refused(memdec, capsys, run_copy, par
 
 def test_other_parameters_than_before(memdec, capsys, run_copy, tiny_model_dir, text_dir):
     before = tree(run_copy)
-    assert fit(memdec, tiny_model_dir, text_dir, run_copy, "--seed", "5") == 1
+    assert fit(memdec, tiny_model_dir, text_dir, run_copy, "--teacher", "knn", "--seed", "5") == 1
     assert "seed" in complaint(capsys)
     assert tree(run_copy) == before
 

@@ -110,13 +110,12 @@ def test_a_grid_that_was_stopped_goes_on_and_a_larger_one_keeps_its_lines(text, 
 def test_adapted_teachers_are_made_once_and_kept_apart(text, tiny_model_dir, tmp_path):
     """Plain and adapted keys are two datastores; what teaches is what `fit` alone would have."""
     out = tmp_path / "out"
-    short = {**OPTIONS, "max_steps": 2}
     grid = {"teacher": ["knn", "knn-lm"], "adapt_epochs": [0, 1, 2]}
-    runs = ablate(tiny_model_dir, text, out, grid, **short)
+    runs = ablate(tiny_model_dir, text, out, grid, **OPTIONS)
     assert len(list(out.glob("adapted-*"))) == 2 and len(list(out.glob("datastore-*"))) == 3
     assert len(list(out.glob("distributions-*"))) == 3 and len(list(out.glob("teacher-*"))) == 3
     assert len({run.memory_perplexity for run in runs}) == 6
-    alone = fit(tiny_model_dir, text, tmp_path / "alone", **short, teacher="knn-lm", adapt_epochs=1)
+    alone = fit(tiny_model_dir, text, tmp_path / "alone", **OPTIONS, teacher="knn-lm", adapt_epochs=1)
     made = out / "runs" / "adapt_epochs=1_teacher=knn-lm" / "memory"
     assert (made / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
 
