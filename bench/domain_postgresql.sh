@@ -17,7 +17,7 @@
 # EVALUATE="--timed-tokens 0 --max-tokens 20000" (an example) gives memdec evaluate further options; on a long test text RAG and the
 # timing of decoding take the most of it. It runs `python -m memdec` with .venv/bin/python (as `make .venv/test.stamp .venv/demo.stamp` leaves it), or PYTHON=…, or
 # python3. Without bm25s RAG is left out, without peft LoRA; nothing else beyond memdec's own requirements is needed.
-# On two CPU cores with bf16 instructions the default takes about three hours.
+# On two CPU cores with bf16 instructions the default takes some four hours (reckoned from its parts, not yet run whole).
 set -euo pipefail
 usage="usage: bash bench/domain_postgresql.sh OUT [--tokens N] [--device NAME] [--manual DIR] [--base DIR] [options of memdec fit]"
 out=${1:?$usage}
@@ -78,7 +78,7 @@ END
 )
 limit=()
 if [ "$tokens" != 0 ]; then limit=(--max-tokens "$tokens"); fi
-"$python" -m memdec fit "$base" "$manual" --out "$out" --seed 0 --context 512 \
-  "${limit[@]}" "${device[@]}" "${further[@]}"
+"$python" -m memdec fit "$base" "$manual" --out "$out" --seed 0 --context 512 "${limit[@]}" \
+  "${device[@]}" "${further[@]}"
 "$python" -m memdec evaluate --base "$base" --memory "$out/memory" --text "$out/corpus" --compare "$compare" \
   --out "$out/comparison" "${device[@]}" ${EVALUATE:-}

@@ -255,7 +255,7 @@ def by_size(lines: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    print(f"\n{'':8}{'teacher':16}{'β':>5}{'epochs':>7}{'blocks':>7}{'T':>5}{'perplexity':>11}{'α':>6}"
+    print(f"\n{'':8}{'teacher':16}{'β':>5}{'epochs':>7}{'blocks':>7}{'rate':>8}{'T':>5}{'perplexity':>11}{'α':>6}"
           "   plain: same epochs          best epochs")  # fmt: skip
     for line in lines:
         s = line["settings"]
@@ -265,7 +265,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             if at is not None
         ]
         print(f"{line['domain']:8}{taught_by(s):16}{s['beta']:5g}{s['epochs']:7}{s['layers'] or 'all':>7}"
-              f"{s['temperature'] or '':>5}{line['perplexity']:11.3f}{line['alpha']:6.2f}   "
+              f"{s['learning_rate']:8g}{s['temperature'] or '':>5}{line['perplexity']:11.3f}{line['alpha']:6.2f}   "
               f"{'   '.join(f'{cell:25}' for cell in cells)}")  # fmt: skip
     for domain, line in {line["domain"]: line for line in lines}.items():
         print(f"{domain:8}base alone {line['base_perplexity']:.3f}")

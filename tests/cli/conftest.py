@@ -10,20 +10,8 @@ from typing import Any
 import pytest
 
 # Small enough to take seconds: windows of 48 tokens, 32 neighbours, 6 steps.
-FIT_OPTIONS = [
-    "--teacher",
-    "knn",
-    "--context",
-    "48",
-    "--k",
-    "32",
-    "--max-steps",
-    "6",
-    "--learning-rate",
-    "0.003",
-    "--dtype",
-    "float32",
-]
+FIT_OPTIONS = ["--teacher", "knn", "--context", "48", "--k", "32", "--max-steps", "6", "--learning-rate", "0.003",
+               "--dtype", "float32"]  # fmt: skip
 SPLIT = ["--fractions", "0.7,0.15,0.15"]
 
 

@@ -163,7 +163,7 @@ def fit(
       memdec fit path/to/model path/to/text --out run
       memdec fit path/to/model notes.jsonl --out run --context 512 --epochs 1 --max-tokens 100000
       memdec fit path/to/large-model text --init path/to/small-model --out run      a small memory for a large base
-      memdec fit path/to/model text --out run --teacher knn     the paper's teacher: the plain base's retriever
+      memdec fit path/to/model text --out run --teacher knn     taught by the base as it is, by its retriever alone
       memdec fit path/to/model text --out grid --ablate beta=0,0.5,1 --ablate epochs=1,3     which settings matter
       memdec fit --recipe recipes/wikitext103-gpt2.toml --dry-run --on h100     what a published run would cost
     """

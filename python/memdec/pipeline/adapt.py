@@ -33,8 +33,6 @@ from memdec.stores.windows import windows
 OWN = ("beta", "layers", "epochs", "judge", "lora_rank")
 # The settings of the training of a memory that the adaptation of its teacher takes over.
 SHARED = tuple(name for name in Settings.__dataclass_fields__ if name not in OWN)
-
-
 DEFAULT_EPOCHS = 3
 
 
@@ -74,9 +72,10 @@ def choose_teacher(options: Mapping[str, Any]) -> tuple[str, int]:
     return teacher, epochs
 
 
-def steps_of(epochs: int, max_steps: int | None, steps_in_an_epoch: int) -> int:
-    """Steps of an adaptation: its epochs, but no more than the memory is given."""
-    return min(epochs * steps_in_an_epoch, max_steps or epochs * steps_in_an_epoch)
+def adaptation_steps(settings: Settings, epochs: int, num_windows: int) -> int:
+    """Steps of an adaptation: those of its epochs over the windows, but no more than ``settings.max_steps``."""
+    steps = epochs * steps_in_epoch(num_windows, settings.batch_size * settings.gradient_accumulation)
+    return min(steps, settings.max_steps or steps)
 
 
 def adapt_model(
@@ -111,10 +110,9 @@ def adapt_model(
         context = min(DEFAULT_CONTEXT, int(positions or DEFAULT_CONTEXT) + 1)
     stride = options.pop("stride", None)
     teacher = build_teacher("one-hot", corpus, out / "teacher", context=context, stride=stride)
-    if max_steps := options.pop("max_steps", None):
+    if options.get("max_steps"):
         settings = Settings(**{name: options[name] for name in SHARED if name in options})
         number = len(windows(corpus.split("train").num_tokens, context, stride))
-        epoch = steps_in_epoch(number, settings.batch_size * settings.gradient_accumulation)
-        options["max_steps"] = steps_of(epochs, max_steps, epoch)
+        options["max_steps"] = adaptation_steps(settings, epochs, number)
     return train_memory(model, corpus, teacher, out, epochs=epochs, beta=0.0, judge="alone", context=context,
                         stride=stride, **options)  # fmt: skip

@@ -50,7 +50,7 @@ from memdec.errors import MemdecError
 from memdec.modeling.sources import first_line, read_config
 from memdec.modeling.structure import key_width, output_head, text_config, trunk
 from memdec.modeling.tokenizers import load_tokenizer
-from memdec.pipeline.adapt import choose_teacher, steps_of
+from memdec.pipeline.adapt import adaptation_steps, choose_teacher
 from memdec.pipeline.batches import steps_in_epoch
 from memdec.pipeline.distributions import check_search
 from memdec.pipeline.documents import read_documents
@@ -273,8 +273,7 @@ def estimate_fit(
     text = _Text(split["train"], max(split["validation"] - 1, 0), context, number_bytes)
     if adapt_epochs:
         number, _ = count_windows(split["train"], context, settings.stride)
-        epoch = steps_in_epoch(number, settings.batch_size * settings.gradient_accumulation)
-        adapting = replace(settings, max_steps=steps_of(adapt_epochs, settings.max_steps, epoch))
+        adapting = replace(settings, max_steps=adaptation_steps(settings, adapt_epochs, number))
         made = _train(taught_by, taught_by, adapting, text)
         disk = made.disk + rows * (_pair_bytes(taught_by, options) + 6)
         parts.append(Part("adapted", made.what, made.flops, made.flops / rate, disk, made.memory))
