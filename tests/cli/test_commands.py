@@ -50,6 +50,19 @@ def test_evaluate_prints_the_table_and_writes_the_report(memdec, fitted, tiny_mo
     assert content["measures"][3]["perplexity"] < content["measures"][0]["perplexity"]
 
 
+def test_rates_are_read_for_all_rivals_or_one():
+    from memdec.cli.use import parse_rates
+    from memdec.errors import MemdecError
+    from memdec.evaluation.rivals import RIVALS
+
+    assert parse_rates(None) == parse_rates(" ") == {}
+    assert parse_rates("lora=1e-3, dapt=5e-5/1e-4") == {"lora": (1e-3,), "dapt": (5e-5, 1e-4)}
+    assert parse_rates("1e-4/3e-4/1e-4,lora=1e-3") == {**dict.fromkeys(RIVALS, (1e-4, 3e-4)), "lora": (1e-3,)}
+    for wrong in ("lora", "lora=", "lora=2", "rag=1e-3", "1e-4/", "lora=1e-3;dapt=1e-3", "nan", "memory=1e-4"):
+        with pytest.raises(MemdecError, match="--rates wants learning rates"):
+            parse_rates(wrong)
+
+
 def test_generate_streams_and_compares(memdec, fitted, tiny_model_dir, capsys, monkeypatch):
     common = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--max-new-tokens", "8"]
     assert memdec("generate", *common, "The court") == 0

@@ -175,9 +175,52 @@ def test_dapt_and_the_second_model_are_one_training_judged_twice(run, tmp_path):
         assert found[name]["steps"] == run.result.budget["steps"]
     # With a rate of its own the second model is a training of its own.
     other = compare(run.base, run.root / "run" / "memory", corpus, tmp_path / "out", methods=["dapt", "second-model"],
-                    learning_rates={"second-model": 1e-3}, general=run.root / "general.txt", **OPTIONS)  # fmt: skip
-    assert {path.name for path in (tmp_path / "out" / "rivals").iterdir()} == {"dapt", "second-model"}
+                    learning_rates={"second-model": [1e-3]}, general=run.root / "general.txt", **OPTIONS)  # fmt: skip
+    assert {path.name for path in (tmp_path / "out" / "rivals").iterdir()} == {"dapt", "second-model-0.001"}
     assert other.settings["rivals"]["second-model"]["settings"]["learning_rate"] == 1e-3
+
+
+def test_of_several_learning_rates_validation_text_chooses(run, tmp_path):
+    """Each rate is a training of its own; what is kept is best on validation text, alone (dapt) or mixed."""
+    from memdec.pipeline.train import train_memory
+
+    corpus, own, other = run.root / "run" / "corpus", 3e-3, 1e-4
+    result = compare(run.base, run.root / "run" / "memory", corpus, tmp_path / "out", methods=["dapt", "second-model"],
+                     learning_rates={"dapt": [other, own], "second-model": [other, own]},
+                     general=run.root / "general.txt", **OPTIONS)  # fmt: skip
+    assert {path.name for path in (tmp_path / "out" / "rivals").iterdir()} == {"dapt", "dapt-0.0001"}
+    validation = splits(run, "validation")
+    base = log_probs(run.base, validation)
+    for name, kept in (("dapt", "alone"), ("second-model", "memory")):
+        found = {}
+        for rate in (own, other):
+            made = train_memory(run.base, corpus, run.root / "run" / "distributions", tmp_path / f"{name}-{rate}",
+                                judge={"alone": "alone", "memory": "mixture"}[kept], tensorboard=False, beta=0.0,
+                                epochs=2, learning_rate=rate, dtype="float32")  # fmt: skip
+            alone = log_probs(made, validation)
+            mixtures = min(perplexity(mixed(base, alone, alpha)) for alpha in ALPHAS)
+            found[f"{rate:g}"] = perplexity(alone) if kept == "alone" else mixtures
+        rival = result.settings["rivals"][name]
+        # Training scores other windows of the same text, so not the same figures to the last place.
+        assert rival["settings"]["tried"] == pytest.approx(found, rel=0.05)
+        best = min(found, key=found.get)
+        assert rival["settings"]["learning_rate"] == float(best) == own
+        assert rival["folder"] == f"dapt/{kept}"
+    page = render_comparison(json.loads(result.to_json()))
+    assert "validation perplexity by learning rate: 0.0001 " in page
+
+
+def test_patience_ends_memory_teacher_and_rivals_alike_and_only_what_was_done_is_billed(run, tmp_path):
+    """With a rate that changes nothing no evaluation is better than the first."""
+    fit(run.base, run.root / "text", tmp_path / "run", fractions=(0.6, 0.2, 0.2), context=CONTEXT, epochs=2, top_k=8,
+        learning_rate=1e-12, dtype="float32", teacher="lm", adapt_epochs=2, eval_every=4, patience=1)  # fmt: skip
+    result = compare(run.base, tmp_path / "run" / "memory", tmp_path / "run" / "corpus", tmp_path / "out",
+                     methods=["dapt", "memory"], general=run.root / "general.txt", **OPTIONS)  # fmt: skip
+    budget, rivals, whole = result.budget, result.settings["rivals"], run.result.budget
+    assert budget["steps"] == budget["adaptation_steps"] == rivals["dapt"]["steps"] == 4 < whole["steps"]
+    part = 4 / whole["steps"]
+    assert budget["training"] == budget["adaptation"] == pytest.approx(part * whole["training"], rel=0.01)
+    assert rivals["dapt"]["flops"] == pytest.approx(part * run.result.settings["rivals"]["dapt"]["flops"], rel=1e-3)
 
 
 @pytest.fixture(scope="module")

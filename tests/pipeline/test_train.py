@@ -255,6 +255,53 @@ def test_save_every_is_when_checkpoints_are_written_and_the_best_candidate_stays
     assert (memory / "model.safetensors").read_bytes() == (often / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("patience", [1, 3])
+def test_patience_ends_a_training_that_grows_no_better_wherever_it_was_interrupted(
+    patience: int, parts: tuple[Corpus, DistributionStore], tiny_model_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The evaluations are made up: better, worse, better than the first, then worse for ever."""
+    made_up = [9.0, 8.0, 8.5, 7.0] + [7.1] * 20
+
+    def scored(run: train.Run, model: Any, log: Any) -> None:
+        found = {"step": run.step, "alpha": 0.5, "mixture_perplexity": made_up[run.step // 2],
+                 "memory_perplexity": 9.0, "base_perplexity": 9.0}  # fmt: skip
+        better = not run.best or found["mixture_perplexity"] < run.best["mixture"]["mixture_perplexity"]
+        log({**found, "best": better}, {})
+        if better:
+            run.best["mixture"] = found
+            train.save_model(model, run.folder / f"best-{run.step:08d}")
+
+    monkeypatch.setattr(train, "evaluate", scored)
+    run = {**QUICK, "max_steps": 30, "eval_every": 2}
+    memory = train_memory(tiny_model_dir, *parts, tmp_path / "whole", **run, patience=patience)
+    best, last = {1: (2, 4), 3: (6, 12)}[patience]
+    found = read_memory_card(memory).provenance
+    assert (found["steps"], found["total_steps"], found["patience"]) == (best, last, patience)
+    assert max(line["step"] for line in log_without_times(tmp_path / "whole")) == last
+
+    endless = train_memory(tiny_model_dir, *parts, tmp_path / "endless", **run)
+    assert read_memory_card(endless).provenance["total_steps"] == 30
+
+    original, calls = train.one_step, []
+
+    def dying(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) % 4 == 0:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(train, "one_step", dying)
+    for _ in range(10):
+        try:
+            again = train_memory(tiny_model_dir, *parts, tmp_path / "killed", **run, save_every=1, patience=patience)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert len(calls) > 4 or patience == 1
+    assert content(memory) == content(again)
+
+
 # --- the arithmetic of a step ----------------------------------------
 
 

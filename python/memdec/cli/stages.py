@@ -95,7 +95,18 @@ Schedule = Annotated[str, typer.Option(help="cosine, linear or constant.")]
 SaveEvery = Annotated[
     int | None, typer.Option(min=1, help="Steps between checkpoints; default: every evaluation and five minutes.")
 ]
-EvalEvery = Annotated[int | None, typer.Option(min=1, help="Steps between evaluations; default: about four a run.")]
+EvalEvery = Annotated[
+    int | None,
+    typer.Option(min=1, help="Steps between evaluations; default: an epoch, or a quarter of the run if that is less."),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="End training after so many evaluations in a row without a better one; default: go on to the last "
+        "step. The best checkpoint is kept either way.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -142,6 +153,7 @@ def fit(
     learning_rate: Rate = 1e-4,
     schedule: Schedule = "cosine",
     eval_every: EvalEvery = None,
+    patience: Patience = None,
     save_every: SaveEvery = None,
     ablate: Ablate = None,
     recipe: RecipeFile = None,
@@ -347,6 +359,7 @@ def train(
     schedule: Schedule = "cosine",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the order of the windows, and of dropout.")] = 0,
     eval_every: EvalEvery = None,
+    patience: Patience = None,
     save_every: SaveEvery = None,
     device: Device = None,
     dtype: Dtype = "auto",

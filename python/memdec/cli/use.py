@@ -78,7 +78,11 @@ def evaluate(
         ),
     ] = None,
     rates: Annotated[
-        str | None, typer.Option(help="For the rivals: learning rates other than the memory's, as lora=1e-3,dapt=5e-5.")
+        str | None,
+        typer.Option(
+            help="For the rivals: learning rates to try, of which validation text chooses, as 1e-4/3e-4 for all or "
+            "lora=1e-3,dapt=1e-4/3e-4; default: the memory's."
+        ),
     ] = None,
     timed_tokens: Annotated[
         int, typer.Option(min=0, help="For the rivals: tokens of a timed continuation; 0 times nothing.")
@@ -188,28 +192,29 @@ def compare_rivals(base: str, memory: str | None, text: str, out: Path, wanted: 
     typer.echo(f"Report: {paths['report']}   figures: {paths['json']}   LaTeX: {paths['latex']}")
 
 
-def parse_rates(text: str | None) -> dict[str, float]:
-    """``"lora=1e-3,dapt=5e-5"`` as a dictionary.
+def parse_rates(text: str | None) -> dict[str, tuple[float, ...]]:
+    """``"1e-4/3e-4,lora=1e-3"``: the rates to try, by rival; those without a name are for all that are not named.
 
     Raises:
-        MemdecError: a part is no name of a rival with a rate.
+        MemdecError: a part is no rate, or not of a rival.
     """
     from memdec.evaluation.rivals import RIVALS
 
-    found: dict[str, float] = {}
-    for part in (text or "").split(","):
-        if not part.strip():
-            continue
-        name, _, value = part.partition("=")
+    found: dict[str, tuple[float, ...]] = {}
+    for part in filter(str.strip, (text or "").split(",")):
+        name, _, values = part.strip().rpartition("=")
         try:
-            found[name.strip()] = float(value)
+            rates = tuple(dict.fromkeys(float(value) for value in values.split("/")))
         except ValueError:
-            found[name.strip()] = 0.0
-        if name.strip() not in RIVALS or not 0 < found[name.strip()] < 1:
+            rates = ()
+        if not rates or not all(0 < rate < 1 for rate in rates) or name.strip() not in ("", *RIVALS):
             raise MemdecError(
-                f"--rates wants pairs such as lora=1e-3,dapt=5e-5 of {', '.join(RIVALS)}; got {part.strip()!r}."
+                f"--rates wants learning rates such as 1e-4/3e-4 or lora=1e-3,dapt=5e-5/1e-4, of {', '.join(RIVALS)}; "
+                f"got {part.strip()!r}."
             )
-    return found
+        found[name.strip()] = rates
+    of_all = found.pop("", None)
+    return found if of_all is None else {**dict.fromkeys(RIVALS, of_all), **found}
 
 
 @guarded()

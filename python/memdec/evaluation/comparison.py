@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,7 +282,7 @@ def compare(
     max_tokens: int | None = None,
     validation_tokens: int = 8192,
     general_tokens: int = 8192,
-    learning_rates: dict[str, float] | None = None,
+    learning_rates: Mapping[str, Sequence[float]] | None = None,
     query_tokens: int = 32,
     every: int = 4,
     latency_tokens: int = 32,
@@ -312,7 +312,8 @@ def compare(
         max_tokens: score only the leading test documents.
         validation_tokens: at most so many tokens of validation text tune the mixtures.
         general_tokens: at most so many tokens of general text are scored.
-        learning_rates: by rival, where it is not to be the memory's own.
+        learning_rates: by rival, where the memory's own is not to be the only one tried; the one that is best on
+            validation text is kept.
         query_tokens: of RAG, the last tokens that are searched for.
         every: of RAG, tokens between two searches.
         latency_tokens: tokens written by each method in a timed run; 0 times nothing.

@@ -7,12 +7,14 @@ second-model     the control: the memory's start trained by plain cross-entropy,
 lm-memory        the control: the memory's start taught by the base's own distribution (top-k), mixed the same way
 ================ ============================================================================================
 
-Every one reads the windows that the memory read, in the memory's order, at most as many steps as went into the memory,
-those of its adapted teacher among them; the best of its checkpoints on the validation text is kept, which for a model
-that overfits is early stopping. A rival whose step costs more than the memory's stops where the memory's whole bill is
-spent: adaptation, datastore, search and training together.
+Every one reads the windows that the memory read, in the memory's order, at most as many steps as went into the
+memory, those of its adapted teacher among them; the best of its checkpoints on the validation text is kept, which for
+a model that overfits is early stopping. With several learning rates it is trained once with each, the budget being
+that of each. A rival whose step costs more than the memory's stops where the memory's whole bill is spent:
+adaptation, datastore, search and training together.
 
-A training lies in ``OUT/NAME`` as `memdec train` leaves it, so that one that was stopped goes on. Where the memory
+A training lies in ``OUT/NAME`` as `memdec train` leaves it, so that one that was stopped goes on; with another learning
+rate than the memory's in ``OUT/NAME-RATE``. Where the memory
 started from the whole base, dapt and second-model are one training, judged twice: alone and mixed with the base. It is
 ``OUT/dapt``, with the model that was best alone in ``alone``, the one best mixed in ``memory``.
 """
@@ -20,7 +22,7 @@ started from the whole base, dapt and second-model are one training, judged twic
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from memdec.pipeline.batches import steps_in_epoch
 from memdec.pipeline.estimate import count_windows
 from memdec.pipeline.lora import adapted_maps, matched_rank, parameters_per_rank
 from memdec.pipeline.teachers import build_teacher
-from memdec.pipeline.train import BOTH, LOG_NAME, files_fingerprint, train_memory
+from memdec.pipeline.train import BOTH, JUDGES, LOG_NAME, files_fingerprint, train_memory
 from memdec.stores.corpus import Corpus
 from memdec.stores.distribution_store import DistributionStore
 from memdec.stores.memory import MemoryCard, is_memory, read_memory_card
@@ -54,6 +56,7 @@ SHARED = (
     "max_grad_norm",
     "seed",
     "eval_every",
+    "patience",
     "validation_tokens",
     "dtype",
     "gradient_checkpointing",
@@ -171,7 +174,7 @@ def training_settings(card: MemoryCard) -> dict[str, Any]:
     Raises:
         MemdecError: the card lacks them: the memory was not made by `memdec train` or `fit`.
     """
-    found = card.provenance
+    found = {"patience": None, **card.provenance}  # of which memories made before it was there say nothing
     missing = [name for name in (*SHARED, "total_steps") if name not in found]
     if missing:
         raise MemdecError(
@@ -203,7 +206,7 @@ def train_rivals(
     corpus: Corpus,
     distributions: DistributionStore,
     out: Path,
-    learning_rates: dict[str, float] | None = None,
+    learning_rates: Mapping[str, Sequence[float]] | None = None,
     top_k: int = 64,
     device: str | None = None,
     say: Callable[[str], object] = lambda line: None,
@@ -218,7 +221,8 @@ def train_rivals(
         corpus: whose training text all learn from.
         distributions: the memory's teacher.
         out: folder that gets one folder a rival.
-        learning_rates: by method, where it is not to be the memory's own.
+        learning_rates: by method, where the memory's own is not to be the only one tried. Of several the one that is
+            best on validation text is kept.
         top_k: tokens of the base's distribution that lm-memory learns.
         device: None is an accelerator if there is one.
         say: called with a line about each.
@@ -252,10 +256,10 @@ def train_rivals(
     budget = memory_budget(card, teacher_model, memory_model, rows, key_width(teacher_model),
                            None if adapted is None else read_memory_card(adapted))  # fmt: skip
     say(f"The memory cost {described(budget)}; no rival may spend more")
-    rivals = {"memory": finished("memory", Path(memory).resolve(), memory_parameters, budget.total, {})}
+    rivals = {"memory": seen("memory", Path(memory).resolve(), memory_parameters, budget.total, {})}
     if adapted is not None:
         size = sum(parameter.numel() for parameter in teacher_model.parameters())
-        rivals["adapted"] = finished("adapted", adapted, size, budget.adaptation, {})
+        rivals["adapted"] = seen("adapted", adapted, size, budget.adaptation, {})
     weights = {"base": matrix_parameters(base_model), "memory": matrix_parameters(memory_model)}
     rank = matched_rank(base_model, memory_parameters)
     adapter_parameters = rank * parameters_per_rank(base_model)
@@ -279,30 +283,42 @@ def train_rivals(
     }
     teacher_flops = {"lm-memory": 2.0 * weights["base"] * rows}
     trained = {"dapt": base_parameters, "lora": adapter_parameters}
-    rates = learning_rates or {}
-    once = found.get("layers") is None and is_same_model(init, base) and rates.get("dapt") == rates.get("second-model")
+    own = float(settings["learning_rate"])
+    rates = {method: tuple((learning_rates or {}).get(method) or (own,)) for method in RIVALS}
+    once = found.get("layers") is None and is_same_model(init, base) and rates["dapt"] == rates["second-model"]
     for method in RIVALS:
         if method not in methods:
             continue
-        rate = float(rates.get(method, settings["learning_rate"]))
         affordable = int((budget.total - teacher_flops.get(method, 0.0)) // step_flops[method])
         steps = max(1, min(budget.most_steps, affordable))
-        options = {**shared, **plans[method], "max_steps": steps, "learning_rate": rate}
-        told = ("learning_rate", "beta", "lora_rank", "judge")
+        options = {**shared, **plans[method], "max_steps": steps}
+        told = ("beta", "lora_rank", "judge")
         differs = {name: options[name] for name in told if name in options}
-        flops = teacher_flops.get(method, 0.0) + steps * step_flops[method]
-        folder, kept = out / method, "memory"
+        judge = str(options.get("judge", "mixture"))
+        name, kept = method, "memory"
         if once and method in ("dapt", "second-model"):
-            folder, kept = out / "dapt", "alone" if method == "dapt" else "memory"
+            name, kept = "dapt", "alone" if method == "dapt" else "memory"
             options |= {"init": base, "judge": BOTH}
-        say(f"Training {method}: {steps} steps, {flops:.2e} operations, learning rate {rate:g}")
         teacher = distributions
         if method == "lm-memory":
-            teacher = build_teacher("lm", corpus, folder / "teacher", model=str(base), top_k=top_k, device=device,
+            teacher = build_teacher("lm", corpus, out / method / "teacher", model=str(base), top_k=top_k, device=device,
                                     context=settings["context"], stride=settings["stride"])  # fmt: skip
         start = options.pop("init")
-        train_memory(start, corpus, teacher, folder, **options)
-        rivals[method] = finished(method, folder / kept, trained.get(method, memory_parameters), flops, differs)
+        made: dict[float, tuple[float, Path]] = {}  # by rate: perplexity of the validation text, model
+        for rate in rates[method]:
+            folder = out / (name if rate == own else f"{name}-{rate:g}")
+            say(f"Training {method}: at most {steps} steps, {steps * step_flops[method]:.2e} operations, learning rate "
+                f"{rate:g}")  # fmt: skip
+            train_memory(start, corpus, teacher, folder, **{**options, "learning_rate": rate})
+            figures = read_memory_card(folder / kept).provenance["figures"]
+            made[rate] = float(figures[JUDGES[judge]]), folder / kept
+        best = min(made, key=lambda rate: made[rate][0])
+        differs["learning_rate"] = best
+        if len(made) > 1:
+            differs["tried"] = {f"{rate:g}": value for rate, (value, _) in made.items()}
+        model = made[best][1]
+        flops = teacher_flops.get(method, 0.0) + steps_taken(model) * step_flops[method]
+        rivals[method] = seen(method, model, trained.get(method, memory_parameters), flops, differs)
     return rivals, budget
 
 
@@ -324,13 +340,18 @@ def described(budget: Budget) -> str:
     return f"{budget.total:.2e} operations ({listed})"
 
 
-def finished(method: str, folder: Path, trained: int, flops: float, settings: dict[str, Any]) -> Rival:
+def steps_taken(folder: Path) -> int:
+    """Optimiser steps of the training that left a model in `folder`."""
+    return int(read_memory_card(folder).provenance.get("total_steps", 0))
+
+
+def seen(method: str, folder: Path, trained: int, flops: float, settings: dict[str, Any]) -> Rival:
     """A training that has ended, by the model that it left in `folder`, beside which ``training`` lies."""
-    card = read_memory_card(folder)
-    steps = int(card.provenance.get("total_steps", 0))
+    best = int(read_memory_card(folder).provenance.get("steps", 0))
+    steps = steps_taken(folder)
     logged = [float(row["seconds"]) for row in read_log(folder.parent / "training" / LOG_NAME) if "seconds" in row]
     seconds = sum(logged) * steps / max(len(logged), 1)  # long trainings log every few steps
     kept = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if "lora_rank" in settings:
         kept = 2 * trained  # the adapters as bfloat16, not the merged weights that lie here
-    return Rival(method, folder, trained, kept, steps, int(card.provenance.get("steps", 0)), seconds, flops, settings)
+    return Rival(method, folder, trained, kept, steps, best, seconds, flops, settings)

@@ -78,6 +78,7 @@ def fit(
     warmup: float = 0.05,
     weight_decay: float = 0.01,
     eval_every: int | None = None,
+    patience: int | None = None,
     save_every: int | None = None,
     validation_tokens: int = 32768,
     gradient_checkpointing: bool = False,
@@ -131,6 +132,7 @@ def fit(
         warmup: share of the steps in which the rate rises.
         weight_decay: AdamW's, on matrices.
         eval_every: steps between evaluations; None is an epoch, or a quarter of the run if that is less.
+        patience: evaluations in a row without a better one after which training ends; None goes on to the last step.
         save_every: steps between checkpoints; None is each evaluation, and every five minutes.
         validation_tokens: at most so many tokens of validation text are scored.
         gradient_checkpointing: compute activations twice instead of keeping them.
@@ -164,6 +166,7 @@ def fit(
         "weight_decay": weight_decay,
         "seed": seed,
         "eval_every": eval_every,
+        "patience": patience,
         "validation_tokens": validation_tokens,
         "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing,

@@ -93,6 +93,7 @@ class Settings:
     max_grad_norm: float = 1.0
     seed: int = 0
     eval_every: int | None = None
+    patience: int | None = None
     validation_tokens: int = 32768
     dtype: str = "auto"
     gradient_checkpointing: bool = False
@@ -116,6 +117,7 @@ class Settings:
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
             "eval_every": (self.eval_every is None or self.eval_every >= 1, "at least 1 step, or none"),
+            "patience": (self.patience is None or self.patience >= 1, "at least 1 evaluation, or none to go on"),
             "validation_tokens": (self.validation_tokens >= 2, "at least 2"),
             "layers": (self.layers is None or self.layers >= 1, "at least 1, or none to keep all"),
             "judge": (self.judge in (*JUDGES, BOTH), "one of " + ", ".join((*JUDGES, BOTH))),
@@ -153,6 +155,7 @@ def train_memory(
     max_grad_norm: float = 1.0,
     seed: int = 0,
     eval_every: int | None = None,
+    patience: int | None = None,
     save_every: int | None = None,
     validation_tokens: int = 32768,
     device: torch.device | str | None = None,
@@ -188,6 +191,8 @@ def train_memory(
         max_grad_norm: longer gradients are scaled down to this norm.
         seed: of the order of the windows, and of dropout.
         eval_every: steps between two evaluations; None is an epoch, or a quarter of the run if that is less.
+        patience: evaluations in a row without a better one after which training ends (early stopping); None goes on
+            to the last step. The best checkpoint is kept either way.
         save_every: steps between two checkpoints; None saves at each evaluation, and at least every five minutes.
         validation_tokens: at most so many tokens of the validation text are scored.
         device: "cpu", "cuda", "cuda:1", …; None is the first accelerator, else the CPU.
@@ -227,6 +232,7 @@ def train_memory(
         max_grad_norm=max_grad_norm,
         seed=seed,
         eval_every=eval_every,
+        patience=patience,
         validation_tokens=validation_tokens,
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
@@ -412,6 +418,14 @@ class Run:
     log_bytes: int = 0  # length of log.jsonl
     saved: set[str] = field(default_factory=set)  # the newest checkpoint's folder, and the candidates it refers to
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the last evaluations, as many as the patience, were all no better than one before them."""
+        if self.settings.patience is None or not self.best:
+            return False
+        newest = max(int(best["step"]) for best in self.best.values())
+        return (self.step - newest) // self.plan.eval_every >= self.settings.patience
+
     def candidates(self) -> set[str]:
         """The folders of the best evaluations so far."""
         return {f"best-{int(best['step']):08d}" for best in self.best.values()}
@@ -519,7 +533,7 @@ def steps(run: Run, *, tensorboard: bool) -> None:
             evaluate(run, model, log)
             if not run.save_every:
                 save(run, weights)
-        while run.step < plan.total_steps:
+        while run.step < plan.total_steps and not run.is_exhausted:
             began = time.monotonic()
             losses = one_step(run, student, weights)
             seconds = time.monotonic() - began
@@ -545,6 +559,9 @@ def steps(run: Run, *, tensorboard: bool) -> None:
             if stop:
                 LOGGER.warning("stopped after step %d; the same command continues from there", run.step)
                 raise KeyboardInterrupt
+        if run.step < plan.total_steps:
+            LOGGER.info("no better evaluation in %d: training ends after step %d of %d", settings.patience, run.step,
+                        plan.total_steps)  # fmt: skip
 
 
 def one_step(run: Run, student: Student, weights: MasterWeights) -> dict[str, float]:
@@ -710,7 +727,7 @@ def write_memory(
         **fields,
         "memdec": __version__,
         "steps": best["step"],
-        "total_steps": run.plan.total_steps,
+        "total_steps": run.step,  # those taken: fewer than planned where patience has ended it
         "held_out_tokens": run.plan.held_out.numel() - 1,
         "figures": best,
     }
