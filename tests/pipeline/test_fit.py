@@ -224,6 +224,36 @@ def test_a_whole_copy_has_an_adapted_teacher_and_a_smaller_memory_the_retriever(
     assert not (small.parent / "adapted").exists()
 
 
+@pytest.mark.parametrize(
+    ("teacher", "adapt", "stages"),
+    [
+        ("knn", 0, ["corpus", "datastore", "distributions", "training"]),
+        ("one-hot", 0, ["corpus", "the teacher's distributions", "training"]),
+        (
+            "knn-lm",
+            1,
+            [
+                "corpus",
+                "adapting the model that teaches",
+                "datastore",
+                "distributions",
+                "the teacher's distributions",
+                "training",
+            ],
+        ),
+    ],
+)
+def test_the_stages_are_counted(
+    teacher: str, adapt: int, stages: list[str], tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    with caplog.at_level("INFO", logger="memdec.pipeline.fit"):
+        fit(tiny_model_dir, tiny_corpus_dir, tmp_path / "run", **{**OPTIONS, "max_steps": 1}, teacher=teacher,
+            adapt_epochs=adapt)  # fmt: skip
+    told = [record.getMessage().split(" (")[0] for record in caplog.records if record.getMessage()[0].isdigit()]
+    assert told == [f"{number} of {len(stages)}: {name}" for number, name in enumerate(stages, 1)]
+
+
 @pytest.mark.parametrize(("max_steps", "steps"), [(2, 2), (1000, None)])
 def test_max_steps_shortens_the_adaptation_and_never_prolongs_it(
     tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path, max_steps: int, steps: int | None

@@ -268,6 +268,8 @@ def estimate_fit(
     number_bytes = 4 if settings.dtype == "float32" else 2
     if settings.dtype == "auto":
         assumptions.append("--dtype auto is bfloat16 there")
+    if settings.patience is not None:
+        assumptions.append("training goes on to the last step, which --patience may spare")
     rate, float32 = DEVICES[on].peak * used, DEVICES[on].float32 * used
     parts = [Part("corpus", f"{sum(split.values()):,} tokens, split by document", 0.0, 0.0, 4 * sum(split.values()), 0)]
     text = _Text(split["train"], max(split["validation"] - 1, 0), context, number_bytes)

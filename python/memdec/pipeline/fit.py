@@ -202,8 +202,8 @@ def fit(
             "--adapt-epochs 0 (and its --teacher) to continue it, or choose another folder."
         )
     LOGGER.info("teacher: %s%s", teacher, f", of a model adapted for {adapt_epochs} epochs" if adapt_epochs else "")
-    stages = iter(range(1, 6))
-    of = 5 if adapt_epochs else 4
+    stages = iter(range(1, 7))
+    of = 2 + bool(adapt_epochs) + {"knn": 2, "knn-lm": 3}.get(teacher, 1)
     LOGGER.info("%d of %d: corpus", next(stages), of)
     text = build_corpus(
         os.fspath(corpus),
@@ -249,11 +249,11 @@ def fit(
             device=where,
         )
     if teacher != "knn":
-        LOGGER.info("%d of %d: the teacher's distributions (%s)", of - 1, of, teacher)
+        LOGGER.info("%d of %d: the teacher's distributions (%s)", next(stages), of, teacher)
         distributions = build_teacher(teacher, text, out / f"teacher-{teacher}", knn=distributions, top_k=top_k,
                                       model=taught_by, codec=codec,
                                       context=context, stride=stride, device=device, dtype=dtype)  # fmt: skip
     assert distributions is not None
-    LOGGER.info("%d of %d: training", of, of)
+    LOGGER.info("%d of %d: training", next(stages), of)
     return train_memory(model if init is None else init, text, distributions, out, base=model, device=device,
                         save_every=save_every, tensorboard=tensorboard, **training)  # fmt: skip
