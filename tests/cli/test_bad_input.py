@@ -410,7 +410,7 @@ def test_prompts_and_options_that_cannot_be(memdec, capsys, tiny_model_dir, fitt
 
 
 def test_weights_that_are_no_numbers_are_not_a_short_answer(
-    memdec, capsys, tiny_llama, tiny_tokenizer, fitted, tmp_path
+    memdec, capsys, tiny_llama, tiny_tokenizer, fitted, text_dir, tmp_path
 ):
     model = tiny_llama()
     with torch.no_grad():
@@ -419,3 +419,8 @@ def test_weights_that_are_no_numbers_are_not_a_short_answer(
     tiny_tokenizer.save_pretrained(tmp_path / "broken")
     assert generate(memdec, tmp_path / "broken", fitted / "memory", "the", "--alpha", "0.5") == 1
     assert "NaN" in complaint(capsys)
+    pair = ["--base", str(tmp_path / "broken"), "--memory", str(fitted / "memory"), "--dtype", "float32"]
+    pair += ["--text", str(text_dir / "doc00.txt")]
+    assert memdec("--quiet", "bench-decode", *pair, "--out", str(tmp_path / "speed")) == 1
+    assert "The base's logits on the first prompt are NaN" in complaint(capsys)
+    assert not (tmp_path / "speed").exists()

@@ -21,6 +21,7 @@ from memdec.decoding import engine, graphs
 from memdec.decoding.engine import Reader
 from memdec.decoding.packing import packed_linears
 from memdec.decoding.plan import LONGEST_DRAFT, expected_tokens, speed_up
+from memdec.errors import MemdecError
 from memdec.modeling.memory_model import MemoryModel
 from memdec.ops import verify_draft
 from memdec.ops.reference import VerifiedDraft
@@ -147,7 +148,16 @@ def measure(
         acceptance: drafts stand by draws of this chance instead of the models' words, as if by a pair that was measured
             elsewhere (see :func:`forced_acceptance`); None lets the models decide.
         say: is told what is being measured.
+
+    Raises:
+        MemdecError: a model's logits are no numbers, so nothing would be known of a text that it writes.
     """
+    for role, one in (("base", model.base), ("memory", model.memory)):
+        if bool(one(prompts[0].to(one.device)).logits.isnan().any()):
+            raise MemdecError(
+                f"The {role}'s logits on the first prompt are NaN: its weights are broken, or activations overflow; "
+                "try --dtype float32."
+            )
 
     def greedy(tokens: int) -> dict[str, Any]:
         return {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
