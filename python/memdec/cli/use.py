@@ -544,7 +544,7 @@ def print_result(result: EvaluationResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from memdec.readable import count, size
+    from memdec.readable import count, number, percent, size
 
     settings = result.settings
     console = Console(highlight=False)
@@ -566,9 +566,9 @@ def print_result(result: EvaluationResult) -> None:
     for entry in result.measures:
         per_document = entry.per_document or {}
         cells = {
-            "perplexity": f"{entry.perplexity:.2f}",
-            "vs base": "" if entry.method == "base" else f"{entry.relative:+.1%}",
-            "95% interval": "" if entry.interval is None else f"{entry.interval[0]:+.1%} … {entry.interval[1]:+.1%}",
+            "perplexity": number(entry.perplexity),
+            "vs base": "" if entry.method == "base" else percent(entry.relative),
+            "95% interval": "" if entry.interval is None else " … ".join(map(percent, entry.interval)),
             "word ppl": f"{per_document['word_perplexity']:.2f}" if per_document else "–",
             "byte ppl": f"{per_document['byte_perplexity']:.3f}" if per_document else "–",
             "parameters": count(entry.parameters),
@@ -589,8 +589,8 @@ def print_result(result: EvaluationResult) -> None:
             f"kNN-LM: k = {knn['k']}, T = {knn['temperature']:g}, lambda = {knn['weight']:g} ({knn['source']})."
         )
     if result.copied_share is not None:
-        run = settings["copied_run"]
-        copied = f"{result.copied_share:.0%} of the tokens stand in runs of {run} that the training text has too"
+        share = percent(result.copied_share, 0, sign=False)
+        copied = f"{share} of the tokens stand in runs of {settings['copied_run']} that the training text has too"
         rest = ", ".join(
             f"{entry.label} {entry.novel_perplexity:.2f}"
             for entry in result.measures
