@@ -52,7 +52,7 @@ NEVER = 10**9  # steps
 STYLES = {"plain": "c-base", "knn": "c-knn", "knn-lm": "c-memory", "knn-lm, adapted": "c-mixture"}
 
 Grid = dict[str, list[Any]]
-WHOLE: Grid = {"layers": [None], "batch_size": [4], "learning_rate": [1e-4]}
+WHOLE: Grid = {"layers": [None], "batch_size": [4], "learning_rate": [1e-4]}  # as `memdec fit` has them
 # A cut start learns from many small steps (bench/NOTES.md, "For a small memory").
 FOUR: Grid = {"layers": [4], "batch_size": [2], "learning_rate": [5e-4]}
 EIGHT: Grid = {**FOUR, "layers": [8]}

@@ -90,12 +90,7 @@ MaxSteps = Annotated[int | None, typer.Option(min=1, help="Number of steps, what
 Beta = Annotated[float, typer.Option(help="Weight of KL(teacher, memory) against cross-entropy, 0 to 1.")]
 TrainBatch = Annotated[int, typer.Option(min=1, help="Training windows in one forward.")]
 Accumulation = Annotated[int, typer.Option(min=1, help="Forwards in one training step.")]
-Rate = Annotated[
-    float,
-    typer.Option(
-        help="Highest learning rate; the default was found at 135M parameters, for 500M the paper takes 1e-4."
-    ),
-]
+Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
 Schedule = Annotated[str, typer.Option(help="cosine, linear or constant.")]
 SaveEvery = Annotated[
     int | None, typer.Option(min=1, help="Steps between checkpoints; default: every evaluation and five minutes.")
@@ -155,7 +150,7 @@ def fit(
     beta: Beta = 0.5,
     batch_size: TrainBatch = 4,
     gradient_accumulation: Accumulation = 1,
-    learning_rate: Rate = 3e-4,
+    learning_rate: Rate = 1e-4,
     schedule: Schedule = "cosine",
     eval_every: EvalEvery = None,
     patience: Patience = None,
@@ -360,7 +355,7 @@ def train(
     gradient_accumulation: Accumulation = 1,
     context: Annotated[int | None, typer.Option(help="Tokens in a window; default: as in the datastore.")] = None,
     stride: Annotated[int | None, typer.Option(help="How far windows are apart; default: as in the datastore.")] = None,
-    learning_rate: Rate = 3e-4,
+    learning_rate: Rate = 1e-4,
     schedule: Schedule = "cosine",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the order of the windows, and of dropout.")] = 0,
     eval_every: EvalEvery = None,

@@ -77,6 +77,7 @@ def evaluate(
             help="For the rivals: text outside the domain, to see what is forgotten; default: Python's own reference."
         ),
     ] = None,
+    general_tokens: Annotated[int, typer.Option(min=2, help="For the rivals: of that at most so many tokens.")] = 8192,
     rates: Annotated[
         str | None,
         typer.Option(
@@ -141,6 +142,7 @@ def evaluate(
             datastore=datastore,
             distributions=distributions,
             general=general,
+            general_tokens=general_tokens,
             learning_rates=parse_rates(rates),
             context=context,
             stride=stride,

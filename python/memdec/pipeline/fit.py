@@ -73,7 +73,7 @@ def fit(
     max_steps: int | None = None,
     batch_size: int = 4,
     gradient_accumulation: int = 1,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 1e-4,
     schedule: str = "cosine",
     warmup: float = 0.05,
     weight_decay: float = 0.01,
@@ -127,8 +127,7 @@ def fit(
         max_steps: optimiser steps; overrules `epochs`.
         batch_size: windows in one forward.
         gradient_accumulation: forwards in one step.
-        learning_rate: the highest. The default was found on a model of 135 million parameters; for one of 500 million
-            the paper takes 1e-4.
+        learning_rate: the highest.
         schedule: "cosine", "linear" or "constant".
         warmup: share of the steps in which the rate rises.
         weight_decay: AdamW's, on matrices.

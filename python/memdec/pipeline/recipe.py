@@ -51,6 +51,7 @@ EVALUATE_KEYS: dict[str, tuple[type, ...]] = {
     "other_base": (list,),
     "init": (str,),
     "general": (str,),
+    "general_tokens": (int,),
     "rates": (str,),
     "timed_tokens": (int,),
     "alpha": (float,),

@@ -86,7 +86,7 @@ class Settings:
     gradient_accumulation: int = 1
     context: int | None = None
     stride: int | None = None
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     schedule: str = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.01
@@ -148,7 +148,7 @@ def train_memory(
     gradient_accumulation: int = 1,
     context: int | None = None,
     stride: int | None = None,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 1e-4,
     schedule: str = "cosine",
     warmup: float = 0.05,
     weight_decay: float = 0.01,
