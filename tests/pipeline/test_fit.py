@@ -254,6 +254,20 @@ def test_the_stages_are_counted(
     assert told == [f"{number} of {len(stages)}: {name}" for number, name in enumerate(stages, 1)]
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.1, True), (0.5, False)])
+def test_few_documents_to_choose_by_are_told(
+    share: float, told: bool, tiny_model_dir: Path, tmp_path: Path, make_text: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "text").mkdir()
+    for index in range(24):
+        (tmp_path / "text" / f"{index}.txt").write_text(make_text(4, index))
+    fit(tiny_model_dir, tmp_path / "text", tmp_path / "run", **{**OPTIONS, "max_steps": 1}, layers=1,
+        fractions=(0.9 - share, share, 0.1))  # fmt: skip
+    found = Corpus.open(tmp_path / "run" / "corpus").split("validation").num_documents
+    assert (found < 8) == told
+    assert any(f"on {found} document" in record.getMessage() for record in caplog.records) == told
+
+
 @pytest.mark.parametrize(("max_steps", "steps"), [(2, 2), (1000, None)])
 def test_max_steps_shortens_the_adaptation_and_never_prolongs_it(
     tiny_model_dir: Path, tiny_corpus_dir: Path, tmp_path: Path, max_steps: int, steps: int | None

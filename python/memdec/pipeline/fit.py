@@ -34,6 +34,8 @@ from memdec.pipeline.train import Settings, train_memory
 
 LOGGER = logging.getLogger(__name__)
 
+FEW_DOCUMENTS = 8  # of validation text: on the PostgreSQL manual four chose otherwise than fifteen (bench/NOTES.md)
+
 
 def fit(
     model: str | os.PathLike[str],
@@ -225,6 +227,13 @@ def fit(
             f"k is {k}, but the training text has {rows} rows, so a row has {rows - 1} neighbours at most. "
             "Take a smaller --k or more text."
         )
+    judges = text.split("validation")
+    if 0 < judges.num_documents < FEW_DOCUMENTS and validation is None:
+        LOGGER.warning(
+            "checkpoint and alpha will be chosen on %d %s of validation text (%d tokens), and documents differ; the "
+            "second number of --fractions holds out more",
+            judges.num_documents, "document" if judges.num_documents == 1 else "documents", judges.num_tokens,
+        )  # fmt: skip
     if adapt_epochs:
         LOGGER.info("%d of %d: adapting the model that teaches", next(stages), of)
         taught_by = adapt_model(taught_by, text, out / "adapted", epochs=adapt_epochs, device=device,
