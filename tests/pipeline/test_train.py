@@ -298,7 +298,7 @@ def test_patience_ends_a_training_that_grows_no_better_wherever_it_was_interrupt
             break
         except KeyboardInterrupt:
             pass
-    assert len(calls) > 4 or patience == 1
+    assert len(calls) > last  # it was killed, and went on
     assert content(memory) == content(again)
 
 

@@ -77,7 +77,7 @@ def evaluate(
             help="For the rivals: text outside the domain, to see what is forgotten; default: Python's own reference."
         ),
     ] = None,
-    general_tokens: Annotated[int, typer.Option(min=2, help="For the rivals: of that at most so many tokens.")] = 8192,
+    general_tokens: Annotated[int, typer.Option(min=2, help="For the rivals: tokens of --general, at most.")] = 8192,
     rates: Annotated[
         str | None,
         typer.Option(

@@ -256,10 +256,10 @@ def train_rivals(
     budget = memory_budget(card, teacher_model, memory_model, rows, key_width(teacher_model),
                            None if adapted is None else read_memory_card(adapted))  # fmt: skip
     say(f"The memory cost {described(budget)}; no rival may spend more")
-    rivals = {"memory": seen("memory", Path(memory).resolve(), memory_parameters, budget.total, {})}
+    rivals = {"memory": finished("memory", Path(memory).resolve(), memory_parameters, budget.total, {})}
     if adapted is not None:
         size = sum(parameter.numel() for parameter in teacher_model.parameters())
-        rivals["adapted"] = seen("adapted", adapted, size, budget.adaptation, {})
+        rivals["adapted"] = finished("adapted", adapted, size, budget.adaptation, {})
     weights = {"base": matrix_parameters(base_model), "memory": matrix_parameters(memory_model)}
     rank = matched_rank(base_model, memory_parameters)
     adapter_parameters = rank * parameters_per_rank(base_model)
@@ -304,21 +304,21 @@ def train_rivals(
             teacher = build_teacher("lm", corpus, out / method / "teacher", model=str(base), top_k=top_k, device=device,
                                     context=settings["context"], stride=settings["stride"])  # fmt: skip
         start = options.pop("init")
-        made: dict[float, tuple[float, Path]] = {}  # by rate: perplexity of the validation text, model
+        made: dict[float, tuple[float, Path, float]] = {}  # by rate: perplexity of validation text, model, operations
         for rate in rates[method]:
             folder = out / (name if rate == own else f"{name}-{rate:g}")
             say(f"Training {method}: at most {steps} steps, {steps * step_flops[method]:.2e} operations, learning rate "
                 f"{rate:g}")  # fmt: skip
             train_memory(start, corpus, teacher, folder, **{**options, "learning_rate": rate})
-            figures = read_memory_card(folder / kept).provenance["figures"]
-            made[rate] = float(figures[JUDGES[judge]]), folder / kept
+            left = read_memory_card(folder / kept).provenance
+            spent = teacher_flops.get(method, 0.0) + int(left["total_steps"]) * step_flops[method]
+            made[rate] = float(left["figures"][JUDGES[judge]]), folder / kept, spent
         best = min(made, key=lambda rate: made[rate][0])
         differs["learning_rate"] = best
         if len(made) > 1:
-            differs["tried"] = {f"{rate:g}": value for rate, (value, _) in made.items()}
-        model = made[best][1]
-        flops = teacher_flops.get(method, 0.0) + steps_taken(model) * step_flops[method]
-        rivals[method] = seen(method, model, trained.get(method, memory_parameters), flops, differs)
+            differs["tried"] = {f"{rate:g}": value for rate, (value, _, _) in made.items()}
+        _, model, spent = made[best]
+        rivals[method] = finished(method, model, trained.get(method, memory_parameters), spent, differs)
     return rivals, budget
 
 
@@ -340,18 +340,13 @@ def described(budget: Budget) -> str:
     return f"{budget.total:.2e} operations ({listed})"
 
 
-def steps_taken(folder: Path) -> int:
-    """Optimiser steps of the training that left a model in `folder`."""
-    return int(read_memory_card(folder).provenance.get("total_steps", 0))
-
-
-def seen(method: str, folder: Path, trained: int, flops: float, settings: dict[str, Any]) -> Rival:
+def finished(method: str, folder: Path, trained: int, flops: float, settings: dict[str, Any]) -> Rival:
     """A training that has ended, by the model that it left in `folder`, beside which ``training`` lies."""
-    best = int(read_memory_card(folder).provenance.get("steps", 0))
-    steps = steps_taken(folder)
+    card = read_memory_card(folder)
+    steps = int(card.provenance.get("total_steps", 0))
     logged = [float(row["seconds"]) for row in read_log(folder.parent / "training" / LOG_NAME) if "seconds" in row]
     seconds = sum(logged) * steps / max(len(logged), 1)  # long trainings log every few steps
     kept = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if "lora_rank" in settings:
         kept = 2 * trained  # the adapters as bfloat16, not the merged weights that lie here
-    return Rival(method, folder, trained, kept, steps, best, seconds, flops, settings)
+    return Rival(method, folder, trained, kept, steps, int(card.provenance.get("steps", 0)), seconds, flops, settings)
