@@ -93,9 +93,9 @@ def test_every_decoding_writes_the_same(memdec, fitted, tiny_model_dir, capsys):
     assert "--draft-tokens goes with --decoding speculative" in capsys.readouterr().err
 
 
-def test_bench_decode_prints_a_table_and_writes_json(memdec, fitted, tiny_model_dir, text_dir, tmp_path, capsys):
+def test_bench_decode_prints_a_table_and_writes_json(memdec, fitted, tiny_model_dir, tmp_path, capsys):
     out = tmp_path / "speed.json"
-    pair = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--text", str(text_dir / "doc00.txt")]
+    pair = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--text", str(fitted / "corpus")]
     small = ["--samples", "2", "--prompt-tokens", "8", "--new-tokens", "8", "--repeats", "1", "--dtype", "float32"]
     small.append("--no-compile")  # that takes a minute, however small the model
     assert memdec("bench-decode", *pair, *small, "--draft-tokens", "1,3", "--out", str(out)) == 0

@@ -151,3 +151,13 @@ def test_a_closed_pipe_is_no_error():
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(write)
     assert done.returncode == 141 and done.stderr == ""
+
+
+def test_a_terminal_without_our_characters_or_none_at_all(fitted, tmp_path):
+    folder = tmp_path / "Gedächtnis"
+    folder.symlink_to(fitted / "memory")
+    done = command_line("info", str(folder), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == "" and "Ged\\xe4chtnis" in done.stdout
+    shell = f'exec "{sys.executable}" -m memdec info "{folder}" >&-'
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

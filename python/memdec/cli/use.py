@@ -320,7 +320,11 @@ def bench_decode(
     base: Annotated[str | None, BASE] = None,
     memory: Annotated[str | None, MEMORY] = None,
     text: Annotated[
-        Path | None, typer.Option(help="A text file of the domain, of which beginnings are continued.")
+        str | None,
+        typer.Option(
+            help="Text of the domain, of which places are continued: a corpus folder of memdec's (its test split), or "
+            "a file or folder of text."
+        ),
     ] = None,
     shapes: Annotated[
         str | None,
@@ -356,7 +360,7 @@ def bench_decode(
     \b
     Examples:
       memdec bench-decode --shapes qwen2.5-1.5b,qwen2.5-0.5b --acceptance 0.8 --no-compile
-      memdec bench-decode --base model --memory run/memory --text held-out.txt
+      memdec bench-decode --base model --memory run/memory --text run/corpus
       memdec bench-decode --base model --memory run/memory --text held-out.txt --draft-tokens 1,2,4,6 --out speed.json
     """
     import json
@@ -365,6 +369,7 @@ def bench_decode(
 
     from memdec import MemoryModel
     from memdec.decoding.bench import SHAPES, measure, random_pair
+    from memdec.evaluation.held_out import load_held_out
     from memdec.evaluation.side_by_side import new_tokens_that_fit
     from memdec.pipeline.embed import default_device
     from memdec.stores.atomic import write_file
@@ -387,14 +392,8 @@ def bench_decode(
         missing = [name for name, value in (("--base", base), ("--memory", memory), ("--text", text)) if value is None]
         if base is None or memory is None or text is None:
             raise MemdecError(f"missing: {', '.join(missing)} (or --shapes, for random weights).")
-        if not text.is_file():
-            raise MemdecError(f"--text: there is no file {text}.")
-        try:
-            sample = text.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise MemdecError(f"--text {text}: the file is not UTF-8 text.") from None
         model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=where)
-        ids = torch.tensor(model.tokenizer(sample, add_special_tokens=False)["input_ids"])
+        ids = load_held_out(text, model.tokenizer).tokens.long()
         if len(ids) < prompt_tokens:
             raise MemdecError(f"{text} has {len(ids)} tokens, fewer than one prompt of {prompt_tokens}.")
     if new_tokens_that_fit(model, prompt_tokens, new_tokens) < new_tokens:
