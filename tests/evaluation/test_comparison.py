@@ -144,6 +144,25 @@ def test_all_methods_are_there_on_the_same_tokens(run):
     assert int(scored["base/test"].sum()) == splits(run, "test").numel() - 1
 
 
+def test_the_memory_against_each_row_is_paired(run):
+    """The ratio by the definition, and an interval by drawing runs of tokens that both have read."""
+    result = run.result
+    ours = result.log_probs["memory/test"].double()
+    assert result.entry("memory").memory_relative is None and result.entry("memory").memory_interval is None
+    for entry in result.entries:
+        if entry.method == "memory":
+            continue
+        theirs = result.log_probs[f"{entry.method}/test"].double()
+        both = ~(ours.isnan() | theirs.isnan())
+        gain = (ours - theirs)[both]
+        assert entry.memory_relative == pytest.approx(math.exp(-float(gain.mean())) - 1, rel=1e-5, abs=1e-7)
+        low, high = entry.memory_interval
+        runs = [math.expm1(-float(part.mean())) for part in gain.split(256)]  # too few documents to draw these
+        assert min(runs) - 1e-6 <= low <= entry.memory_relative <= high <= max(runs) + 1e-6
+    base = result.entry("base")
+    assert base.memory_interval == result.entry("memory").interval
+
+
 def test_no_rival_spends_more_than_the_memory(run):
     result = run.result
     steps = result.budget["steps"]

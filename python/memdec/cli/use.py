@@ -535,7 +535,7 @@ def print_comparison(result: ComparisonResult) -> None:
         console.print(by_base)
 
 
-WIDE_COMPARISON = 160  # columns of text that the whole table of a comparison needs
+WIDE_COMPARISON = 190  # columns of text that the whole table of a comparison needs
 WIDE_TERMINAL = 120  # columns of text that the whole table of an evaluation needs
 
 

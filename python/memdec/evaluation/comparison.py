@@ -102,6 +102,8 @@ class Entry:
         perplexity: of the test text.
         relative: perplexity / base perplexity − 1.
         interval: 95% paired bootstrap interval of `relative`, over documents; None for the base and short texts.
+        memory_relative: perplexity of base + memory / this one − 1; None for base + memory, and where it was left out.
+        memory_interval: 95% paired bootstrap interval of that.
         validation_perplexity: of the validation text, where what is mixed was tuned; None for the retrievers.
         weight: α or λ of what is mixed with the base, None for what stands alone.
         general_perplexity: of the text outside the domain.
@@ -119,6 +121,8 @@ class Entry:
     perplexity: float
     relative: float
     interval: tuple[float, float] | None
+    memory_relative: float | None
+    memory_interval: tuple[float, float] | None
     validation_perplexity: float | None
     weight: float | None
     general_perplexity: float
@@ -666,7 +670,9 @@ def _entry(
     latency: LatencyFigure | None,
 ) -> Entry:
     ours, reference = found[row], found["base"]
+    owners = setting.protocols["test"].document_of_row
     value, of_base = perplexity(ours["test"]), perplexity(reference["test"])
+    memory = found["memory"]["test"] if "memory" in found and row != "memory" else None
     general, general_of_base = perplexity(ours["general"]), perplexity(reference["general"])
     parts = [rivals[name] for name in (ALONE.get(row), *MIXED.get(row, ())) if name in rivals]
     kept = sum(part.kept_bytes for part in parts)
@@ -683,9 +689,9 @@ def _entry(
         label=LABELS[row],
         perplexity=value,
         relative=value / of_base - 1,
-        interval=None
-        if row == "base"
-        else relative_interval(ours["test"], reference["test"], setting.protocols["test"].document_of_row),
+        interval=None if row == "base" else relative_interval(ours["test"], reference["test"], owners),
+        memory_relative=None if memory is None else perplexity(memory) / value - 1,
+        memory_interval=None if memory is None else relative_interval(memory, ours["test"], owners),
         validation_perplexity=perplexity(ours["validation"]) if "validation" in ours else None,
         weight=weight,
         general_perplexity=general,

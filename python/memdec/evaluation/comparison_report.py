@@ -25,7 +25,7 @@ STYLES = {
 }
 # The mixtures' curves, each in a colour of its own.
 CURVES = {"memory": "c-mixture", "dapt+memory": "c-knn", "lm-memory": "c-memory", "second-model": "c-base"}
-QUALITY = ("perplexity", "vs base", "95% interval", "α or λ", "general ppl", "vs base, general")
+QUALITY = ("perplexity", "vs base", "95% interval", "α or λ", "memory vs it", "general ppl", "vs base, general")
 COST = ("latency", "kept", "trained", "training", "FLOPs")
 COLUMNS = ("method", *QUALITY, *COST)
 
@@ -33,6 +33,9 @@ COLUMNS = ("method", *QUALITY, *COST)
 def cells(entry: dict[str, Any]) -> dict[str, str]:
     """The table's cells of one row, as text, by column."""
     interval, latency = entry["interval"], entry["latency"]
+    against = "" if entry["memory_relative"] is None else percent(entry["memory_relative"])
+    if entry["memory_interval"] is not None:
+        against += " ({} … {})".format(*map(percent, entry["memory_interval"]))
     ratio = None if latency is None else latency["ratio"]
     is_base = entry["method"] == "base"
     return {
@@ -41,6 +44,7 @@ def cells(entry: dict[str, Any]) -> dict[str, str]:
         "vs base": "" if is_base else percent(entry["relative"]),
         "95% interval": "" if interval is None else f"{percent(interval[0])} … {percent(interval[1])}",
         "α or λ": "" if entry["weight"] is None else f"{entry['weight']:.2f}",
+        "memory vs it": against,
         "general ppl": number(entry["general_perplexity"]),
         "vs base, general": "" if is_base else percent(entry["general_relative"]),
         "latency": "–" if ratio is None else f"{ratio:.2f}×",
