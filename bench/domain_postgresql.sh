@@ -8,7 +8,7 @@
 # after three epochs without a better one, and validation text chooses between learning rates for the rivals; --teacher,
 # --learning-rate and the other options of fit can be said otherwise. SmolLM2-135M is the base; a page is a document; the
 # split is by hash with seed 0, half of the text held out, since pages are long and few of them tell little. Stopped, the
-# same command continues. The table is in OUT/comparison (comparison.html, .json, .md, .tex).
+# same command continues. The table is in OUT/comparison (comparison.html, .json, .md, .tex, .svg).
 #
 #   --tokens N     of the text, all splits together; 0 takes the whole manual, 1.8M. Default: 80000
 #   --device NAME  such as cuda, for all of it

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -367,6 +368,9 @@ def test_the_files(run, tmp_path):
             or f"{entry.perplexity:,.0f}" in markdown
             or (f"{entry.perplexity:.1f}" in markdown)
         )
+    picture = ElementTree.fromstring(paths["plot"].read_text())
+    said = " ".join(picture.itertext())
+    assert picture.tag.endswith("svg") and all(entry.label in said for entry in run.result.entries)
     lines = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert len(lines) == len(run.result.entries) + 1
     assert len({line.count("&") for line in lines}) == 1

@@ -210,10 +210,16 @@ class ComparisonResult:
         return json_text(content)
 
     def save(self, folder: str | Path) -> dict[str, Path]:
-        """Write comparison.json, .html, .md, .tex and the log-probs to ``folder``; their paths by name."""
+        """Write comparison.json, .html, .md, .tex, .svg and the log-probs to ``folder``; their paths by name."""
         from safetensors.torch import save
 
-        from memdec.evaluation.comparison_report import latex_table, markdown_table, render_comparison
+        from memdec.evaluation.charts import svg_file
+        from memdec.evaluation.comparison_report import (
+            latex_table,
+            markdown_table,
+            perplexity_chart,
+            render_comparison,
+        )
 
         check_comparison_out(folder)
         folder = make_folder(folder)
@@ -224,6 +230,7 @@ class ComparisonResult:
             "report": ("comparison.html", render_comparison(parsed)),
             "markdown": ("comparison.md", markdown_table(parsed)),
             "latex": ("comparison.tex", latex_table(parsed)),
+            "plot": ("comparison.svg", svg_file(perplexity_chart(parsed))),
         }
         paths = {}
         for name, (file, text) in texts.items():

@@ -158,24 +158,31 @@ def caption(comparison: dict[str, Any]) -> str:
     )
 
 
+def bars(comparison: dict[str, Any], key: str, remark: str, caption: str) -> str:
+    """A bar a row, of the figure `key`, with the change `remark` against the base."""
+    return bar_chart(
+        [
+            Bar(
+                entry["label"],
+                math.inf if entry[key] is None else entry[key],
+                "" if entry["method"] == "base" else percent(entry[remark]),
+                STYLES[entry["method"]],
+            )
+            for entry in comparison["entries"]
+        ],
+        caption,
+    )
+
+
+def perplexity_chart(comparison: dict[str, Any]) -> str:
+    """The table's first column as bars."""
+    return bars(comparison, "perplexity", "relative", "Perplexity of the held-out text by method")
+
+
 def render_comparison(comparison: dict[str, Any]) -> str:
     """The self-contained page for ``comparison``, the parsed content of a comparison.json."""
     entries = comparison["entries"]
     by_method = {entry["method"]: entry for entry in entries}
-
-    def bars(key: str, caption: str, remark: str | None) -> str:
-        return bar_chart(
-            [
-                Bar(
-                    entry["label"],
-                    math.inf if entry[key] is None else entry[key],
-                    "" if remark is None or entry["method"] == "base" else percent(entry[remark]),
-                    STYLES[entry["method"]],
-                )
-                for entry in entries
-            ],
-            caption,
-        )
 
     timed = [entry for entry in entries if entry["latency"] is not None and entry["latency"]["ratio"] is not None]
     latency = [Bar(e["label"], e["latency"]["ratio"], "× the base", STYLES[e["method"]]) for e in timed]
@@ -194,8 +201,10 @@ def render_comparison(comparison: dict[str, Any]) -> str:
             by_method=by_method,
             best=min(entries, key=lambda e: math.inf if e["perplexity"] is None else e["perplexity"])["method"],
             styles=STYLES,
-            perplexities=bars("perplexity", "Perplexity of the held-out text by method", "relative"),
-            general=bars("general_perplexity", "Perplexity of text outside the domain by method", "general_relative"),
+            perplexities=perplexity_chart(comparison),
+            general=bars(
+                comparison, "general_perplexity", "general_relative", "Perplexity of text outside the domain by method"
+            ),
             latency=bar_chart(latency, "Decode latency over the base's") if latency else "",
             curves=line_chart(
                 curves,
