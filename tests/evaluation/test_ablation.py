@@ -187,3 +187,15 @@ def test_a_value_that_cannot_be_is_refused_at_once(text, tiny_model_dir, tmp_pat
         with pytest.raises(MemdecError):
             ablate(tiny_model_dir, text, tmp_path / "out", grid)
         assert not (tmp_path / "out").exists()
+
+
+def test_many_settings_still_make_a_folder_s_name(text, tiny_model_dir, tmp_path):
+    """All that an adapted teacher is trained with stands in its folder's name, and 255 bytes are the most of one."""
+    training = {"batch_size": 2, "gradient_accumulation": 1, "stride": 24, "schedule": "linear", "warmup": 0.1,
+                "seed": 0, "weight_decay": 0.01, "eval_every": 4, "patience": 2, "validation_tokens": 512,
+                "max_steps": 4, "gradient_checkpointing": False}  # fmt: skip
+    grid = {"teacher": ["lm"], "adapt_epochs": [1]}
+    runs = ablate(tiny_model_dir, text, tmp_path / "out", grid, **OPTIONS | training)
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert len(runs) == 1 and max(map(len, names)) > ablation.LONGEST_NAME
+    assert ablation.name_of({"a": "x" * 300, "b": 1}) != ablation.name_of({"a": "x" * 300, "b": 2})

@@ -78,6 +78,7 @@ DATASTORE_OPTIONS = ("context", "stride", "layer", "device", "dtype")
 SEARCH_OPTIONS = ("k", "temperature", "backend", "exclude_same_document", "min_prob", "codec", "memory_limit")
 TRAIN_OPTIONS = (*Settings.__dataclass_fields__, "save_every", "tensorboard", "device")
 STYLES = ("c-mixture", "c-knn", "c-memory", "c-base")
+LONGEST_NAME = 200  # of the 255 bytes that file systems take, which a stage's own prefix shares
 
 
 @dataclass(frozen=True)
@@ -304,8 +305,13 @@ def slug(value: Any) -> str:
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
-    """A folder's name that tells the settings; what all runs have in common, each stage's own record checks."""
-    return "_".join(f"{name}={slug(settings[name])}" for name in sorted(settings)) or "only"
+    """A folder's name that tells the settings; what all runs have in common, each stage's own record checks. One too
+    long for a file system ends in a digest of what does not fit."""
+    name = "_".join(f"{name}={slug(settings[name])}" for name in sorted(settings)) or "only"
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name[: LONGEST_NAME - 13]}-{digest}"
 
 
 def _save(
