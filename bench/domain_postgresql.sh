@@ -18,7 +18,7 @@
 # EVALUATE="--timed-tokens 0 --max-tokens 20000" (an example) gives memdec evaluate further options; on a long test text RAG
 # takes the most of it. It runs `python -m memdec` with .venv/bin/python (as `make .venv/test.stamp .venv/demo.stamp` leaves it), or PYTHON=…, or
 # python3. Without bm25s RAG is left out, without peft LoRA; nothing else beyond memdec's own requirements is needed.
-# On two CPU cores with bf16 instructions --tokens 60000 took 97 minutes, the default takes some two hours; on a GPU take
+# On two CPU cores with bf16 instructions --tokens 60000 took 97 minutes, so the default some two hours; on a GPU take
 # --tokens 0 --fractions 0.9,0.05,0.05.
 set -euo pipefail
 usage="usage: bash bench/domain_postgresql.sh OUT [--tokens N] [--device NAME] [--manual DIR] [--base DIR] [options of memdec fit]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -30,6 +31,15 @@ def percent(value: float | None, digits: int = 1, sign: bool = True) -> str:
     if value < 0:
         return f"−{text}"
     return f"+{text}" if sign and value > 0 else text
+
+
+def bounds(interval: Sequence[float | None]) -> str:
+    """Both ends of an interval of changes.
+
+    >>> bounds((-0.045, 0.012))
+    '−4.5% … +1.2%'
+    """
+    return " … ".join(percent(end) for end in interval)
 
 
 def _three(value: float) -> str:

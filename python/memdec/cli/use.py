@@ -371,6 +371,7 @@ def bench_decode(
     from memdec.decoding.bench import SHAPES, measure, random_pair
     from memdec.evaluation.held_out import load_held_out
     from memdec.evaluation.side_by_side import new_tokens_that_fit
+    from memdec.modeling.tokenizers import load_tokenizer
     from memdec.pipeline.embed import default_device
     from memdec.stores.atomic import write_file
 
@@ -392,10 +393,10 @@ def bench_decode(
         missing = [name for name, value in (("--base", base), ("--memory", memory), ("--text", text)) if value is None]
         if base is None or memory is None or text is None:
             raise MemdecError(f"missing: {', '.join(missing)} (or --shapes, for random weights).")
-        model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=where)
-        ids = load_held_out(text, model.tokenizer).tokens.long()
+        ids = load_held_out(text, load_tokenizer(base)).tokens.long()
         if len(ids) < prompt_tokens:
             raise MemdecError(f"{text} has {len(ids)} tokens, fewer than one prompt of {prompt_tokens}.")
+        model = MemoryModel.from_pretrained(base, memory, alpha=alpha, dtype=dtype, device=where)
     if new_tokens_that_fit(model, prompt_tokens, new_tokens) < new_tokens:
         raise MemdecError(f"--new-tokens {new_tokens}: the models have no positions for so many behind the prompt.")
     places = torch.linspace(0, len(ids) - prompt_tokens, samples).long().tolist()
@@ -515,7 +516,7 @@ def print_comparison(result: ComparisonResult) -> None:
     console = Console(highlight=False)
     narrow = ("method", "perplexity", "vs base", "α or λ", "general ppl", "latency")
     columns = [column for column in COLUMNS if console.width >= WIDE_COMPARISON or column in narrow]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         is_name = column == "method"
         table.add_column("" if is_name else column, justify="left" if is_name else "right", no_wrap=True)
@@ -545,7 +546,7 @@ def print_result(result: EvaluationResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from memdec.readable import count, number, percent, size
+    from memdec.readable import bounds, count, number, percent, size
 
     settings = result.settings
     console = Console(highlight=False)
@@ -569,7 +570,7 @@ def print_result(result: EvaluationResult) -> None:
         cells = {
             "perplexity": number(entry.perplexity),
             "vs base": "" if entry.method == "base" else percent(entry.relative),
-            "95% interval": "" if entry.interval is None else " … ".join(map(percent, entry.interval)),
+            "95% interval": "" if entry.interval is None else bounds(entry.interval),
             "word ppl": f"{per_document['word_perplexity']:.2f}" if per_document else "–",
             "byte ppl": f"{per_document['byte_perplexity']:.3f}" if per_document else "–",
             "parameters": count(entry.parameters),

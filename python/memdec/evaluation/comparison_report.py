@@ -7,7 +7,7 @@ from typing import Any
 
 from memdec.evaluation.charts import Bar, Line, bar_chart, line_chart
 from memdec.evaluation.pages import page_template
-from memdec.readable import count, duration, number, percent, size
+from memdec.readable import bounds, count, duration, number, percent, size
 
 STYLES = {
     "base": "c-base",
@@ -35,14 +35,14 @@ def cells(entry: dict[str, Any]) -> dict[str, str]:
     interval, latency = entry["interval"], entry["latency"]
     against = "" if entry["memory_relative"] is None else percent(entry["memory_relative"])
     if entry["memory_interval"] is not None:
-        against += " ({} … {})".format(*map(percent, entry["memory_interval"]))
+        against += f" ({bounds(entry['memory_interval'])})"
     ratio = None if latency is None else latency["ratio"]
     is_base = entry["method"] == "base"
     return {
         "method": entry["label"],
         "perplexity": number(entry["perplexity"]),
         "vs base": "" if is_base else percent(entry["relative"]),
-        "95% interval": "" if interval is None else f"{percent(interval[0])} … {percent(interval[1])}",
+        "95% interval": "" if interval is None else bounds(interval),
         "α or λ": "" if entry["weight"] is None else f"{entry['weight']:.2f}",
         "memory vs it": against,
         "general ppl": number(entry["general_perplexity"]),
@@ -87,7 +87,7 @@ def base_cells(entry: dict[str, Any]) -> dict[str, str]:
         "alone": number(entry["perplexity"]),
         "+ memory": number(entry["with_memory"]),
         "vs alone": percent(entry["relative"]),
-        "95% interval": "–" if interval is None else f"{percent(interval[0])} … {percent(interval[1])}",
+        "95% interval": "–" if interval is None else bounds(interval),
         "α": f"{entry['weight']:.2f}",
         "at the memory's own α": f"{number(entry['with_recommended'])} ({entry['recommended_weight']:.2f})",
     }
