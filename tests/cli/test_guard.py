@@ -156,7 +156,8 @@ def test_a_closed_pipe_is_no_error():
 def test_a_terminal_without_our_characters_or_none_at_all(fitted, tmp_path):
     folder = tmp_path / "Gedächtnis"
     folder.symlink_to(fitted / "memory")
-    done = command_line("info", str(folder), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    told = {"PYTHONIOENCODING": "ascii", "COLUMNS": "400"}  # a narrow table would break the path in two
+    done = command_line("info", str(folder), env={**os.environ, **told})
     assert done.returncode == 0 and done.stderr == "" and "Ged\\xe4chtnis" in done.stdout
     shell = f'exec "{sys.executable}" -m memdec info "{folder}" >&-'
     done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=120)
