@@ -13,6 +13,8 @@
 namespace memdec::cuda {
 namespace {
 
+static_assert(share_size <= 32, "a bit each value of a share");
+
 constexpr float near_the_top = 0.7f;  // log 2 and a margin for the rounding of p_mix
 constexpr uint32_t most_noted = 32;   // a lane of a warp each
 
@@ -32,11 +34,12 @@ __global__ void __launch_bounds__(block_threads) note_candidates(Mixture mixture
   if (threadIdx.x == 0) count = 0;
   const Softmax<float> state = softmax_of_block(value);  // its barriers also let everyone see the count of 0
   Noted& mine = noted[blockIdx.x];
+  uint32_t near = 0;  // a bit each value; a branch each would be more code than the instruction cache likes
 #pragma unroll
-  for (int i = 0; i < share_size; ++i) {
-    if (!(value[i] - state.max > -near_the_top)) continue;
+  for (int i = 0; i < share_size; ++i) near |= static_cast<uint32_t>(value[i] - state.max > -near_the_top) << i;
+  for (; near != 0; near &= near - 1) {
     const uint32_t place = atomicAdd(&count, 1u);
-    if (place < most_noted) mine.column[place] = static_cast<uint16_t>(column_of<T>(0, i));
+    if (place < most_noted) mine.column[place] = static_cast<uint16_t>(column_of<T>(0, __ffs(near) - 1));
   }
   __syncthreads();  // the count is whole
   if (threadIdx.x == 0) mine.state = state, mine.count = count;
@@ -44,19 +47,22 @@ __global__ void __launch_bounds__(block_threads) note_candidates(Mixture mixture
 
 struct Best {
   float score = -INFINITY;
-  int32_t token = -1;  // of equal scores the lowest
+  int32_t token = -1;      // of equal scores the lowest
+  uint32_t is_missing = 0;  // a list that may hold the winner did not suffice
 
   static __device__ Best merge(Best a, Best b) {
     const bool second = b.score > a.score || (b.score == a.score && b.token >= 0 && (b.token < a.token || a.token < 0));
-    return second ? b : a;
+    Best best = second ? b : a;
+    best.is_missing = a.is_missing | b.is_missing;
+    return best;
   }
 };
 
-constexpr int row_threads = 512;  // a warp for each of 16 lists at a time
-constexpr int lists_at_once = 5;  // of a warp: what it waits for is under way for all of them (76 lists are 151936 tokens of two models)
+// Warps of a block that has a row: one for each list that is in play where few rows leave the device idle, fewer where blocks abound.
+constexpr int few_rows = 64, many_warps = 16, few_warps = 4;
 
 // A block a row.
-template <class T>
+template <class T, int row_threads>
 __global__ void __launch_bounds__(row_threads) argmax_of_rows(InterpolateArgmax op, const Noted* noted) {
   wait_for_kernel_before();
   const Mixture& mixture = op.mixture;
@@ -84,54 +90,45 @@ __global__ void __launch_bounds__(row_threads) argmax_of_rows(InterpolateArgmax 
     return row.uses(c) && z - (c == base ? row.of[base].max : row.of[memory].max) > -near_the_top;
   };
   Best best;
-  // A warp a list, of a span and component; a lane a token of it.
-  const int64_t lists = spans * components, warps = row_threads / warp_size;
-  uint32_t is_missing = 0;  // a list that may hold the winner and did not suffice
-  for (int64_t first = warp_of_thread(); first < lists; first += warps * lists_at_once) {
-    int64_t token[lists_at_once];  // −1: none
-#pragma unroll
-    for (int i = 0; i < lists_at_once; ++i) {
-      const int64_t at = first + i * warps;
-      const int c = static_cast<int>(at % components);
-      token[i] = -1;
-      if (at >= lists || !row.uses(c)) continue;
-      const Noted& list = noted[state_at(spans, r, at / components, c)];
-      const int64_t column = list.column[lane_of_thread()];  // of which there may be fewer
-      if (!in_play(c, list.state.max)) continue;
-      is_missing |= list.count > most_noted;
-      if (lane_of_thread() < static_cast<int>(list.count)) token[i] = at / components * span_columns + column;
+  // Of the lists, one a span and component, few reach so near the row's largest logit: each warp looks at all of them, a lane a
+  // list, and takes its turn at those, a lane a token.
+  const int64_t lists = spans * components;
+  int turn = 0;
+  for (int64_t first = 0; first < lists; first += warp_size) {
+    const int64_t mine = first + lane_of_thread();
+    const int c = static_cast<int>(mine % components);
+    const bool plays = mine < lists && row.uses(c) && in_play(c, noted[state_at(spans, r, mine / components, c)].state.max);
+    for (unsigned playing = __ballot_sync(whole_warp, plays); playing != 0; playing &= playing - 1, ++turn) {
+      if (turn % (row_threads / warp_size) != warp_of_thread()) continue;
+      const int64_t at = first + __ffs(playing) - 1;
+      const Noted& list = noted[r * lists + at];
+      const uint32_t count = list.count;
+      const int64_t token = at / components * span_columns + list.column[lane_of_thread()];  // of which there may be fewer
+      best.is_missing |= count > most_noted;
+      if (lane_of_thread() >= static_cast<int>(smaller(count, most_noted))) continue;
+      const float z_base = logit(base, token), z_memory = logit(memory, token);
+      if (in_play(base, z_base) || in_play(memory, z_memory)) best = Best::merge(best, {score(z_base, z_memory), static_cast<int32_t>(token)});
     }
-    float z[lists_at_once][components];
-#pragma unroll
-    for (int i = 0; i < lists_at_once; ++i)
-#pragma unroll
-      for (int c = 0; c < components; ++c) z[i][c] = token[i] >= 0 ? logit(c, token[i]) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < lists_at_once; ++i)
-      if (token[i] >= 0 && (in_play(base, z[i][base]) || in_play(memory, z[i][memory])))
-        best = Best::merge(best, {score(z[i][base], z[i][memory]), static_cast<int32_t>(token[i])});
-  }
-  // A span whose list did not suffice: as many threads as it has shares.
-  is_missing = reduce_block<row_threads>(is_missing, [](uint32_t a, uint32_t b) { return a | b; });
-  for (int64_t span = 0; is_missing && span < spans && threadIdx.x < block_threads; ++span) {
-    bool again = false;
-#pragma unroll
-    for (int c = 0; c < components; ++c) {
-      if (!row.uses(c)) continue;
-      const Noted& list = noted[state_at(spans, r, span, c)];
-      again |= list.count > most_noted && in_play(c, list.state.max);
-    }
-    if (!again) continue;
-    float value[components][share_size] = {};
-#pragma unroll
-    for (int c = 0; c < components; ++c)
-      if (row.uses(c)) load_share(row_of<const T>(rows_of(mixture, c), r), columns, span, value[c]);
-#pragma unroll
-    for (int i = 0; i < share_size; ++i)
-      if (in_play(base, value[base][i]) || in_play(memory, value[memory][i]))
-        best = Best::merge(best, {score(value[base][i], value[memory][i]), static_cast<int32_t>(column_of<T>(span, i))});
   }
   best = reduce_block<row_threads>(best, Best::merge);
+  if (best.is_missing) {  // for every thread: the spans whose lists did not suffice are read again
+    for (int64_t span = 0; span < spans; ++span) {
+      bool again = false;
+#pragma unroll
+      for (int c = 0; c < components; ++c) {
+        if (!row.uses(c)) continue;
+        const Noted& list = noted[state_at(spans, r, span, c)];
+        again |= list.count > most_noted && in_play(c, list.state.max);
+      }
+      if (!again) continue;
+      for (int64_t token = span * span_columns + threadIdx.x; token < smaller(columns, (span + 1) * span_columns); token += row_threads) {
+        const float z_base = logit(base, token), z_memory = logit(memory, token);
+        if (in_play(base, z_base) || in_play(memory, z_memory))
+          best = Best::merge(best, {score(z_base, z_memory), static_cast<int32_t>(token)});
+      }
+    }
+    best = reduce_block<row_threads>(best, Best::merge);
+  }
   if (threadIdx.x == 0) op.tokens[r] = best.token;
 }
 
@@ -144,7 +141,9 @@ Status interpolate_argmax(const InterpolateArgmax& op, const Launch& where) {
     if (op.mixture.base.count == 0) return;
     auto* const noted = static_cast<Noted*>(where.workspace);
     launch(note_candidates<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, noted);
-    launch_early(argmax_of_rows<T>, op.mixture.base.count, row_threads, stream, op, noted);
+    const int64_t rows = op.mixture.base.count;
+    if (rows <= few_rows) launch_early(argmax_of_rows<T, many_warps * warp_size>, rows, many_warps * warp_size, stream, op, noted);
+    else launch_early(argmax_of_rows<T, few_warps * warp_size>, rows, few_warps * warp_size, stream, op, noted);
   });
 }
 

@@ -45,20 +45,15 @@ __device__ inline bool load_span(const Mixture& mixture, int64_t i, float (&valu
 }
 
 template <class T>
-__device__ inline void reduce_span(const Mixture& mixture, int64_t i, Softmax<float>* states) {
-  float value[share_size];
-  if (!load_span<T>(mixture, i, value)) return;
-  const Softmax<float> state = softmax_of_block(value);
-  if (threadIdx.x == 0) states[i] = state;
-}
-
-template <class T>
 __global__ void __launch_bounds__(block_threads) reduce_spans(Mixture mixture, Softmax<float>* states) {
   let_next_kernel_start();
-  reduce_span<T>(mixture, blockIdx.x, states);
+  float value[share_size];
+  if (!load_span<T>(mixture, blockIdx.x, value)) return;
+  const Softmax<float> state = softmax_of_block(value);
+  if (threadIdx.x == 0) states[blockIdx.x] = state;
 }
 
-// Row r from what reduce_span left (state(i) is that of span and component number i), known to every thread of a block.
+// Row r from what reduce_spans left (state(i) is that of span and component number i), known to every thread of a block.
 template <class F>
 __device__ inline MixtureRow mixture_of_row(const Mixture& mixture, int64_t r, const F& state) {
   const int64_t spans = spans_of(mixture.base.columns);
@@ -79,15 +74,18 @@ __device__ inline float log_of_weight(double weight) {
 struct LogProb {
   float max[components];
   float scale[components];
+  bool used[components];
   bool broken;
 
   explicit __device__ LogProb(const MixtureRow& row) : broken(row.broken()) {
 #pragma unroll
     for (int c = 0; c < components; ++c) {
+      used[c] = row.uses(c);
       max[c] = row.uses(c) ? row.of[c].max : 0;
       scale[c] = row.uses(c) ? log_of_weight(weight_of(row.alpha, c)) - logarithm(row.of[c].sum) : 0;
     }
   }
+  __device__ bool uses(int component) const { return used[component]; }
   // The logit of a component without weight is given as −inf.
   __device__ float operator()(float z_base, float z_memory) const {
     const float a = (z_base - max[base]) + scale[base], b = (z_memory - max[memory]) + scale[memory];
@@ -97,15 +95,16 @@ struct LogProb {
   }
 };
 
-// A logit of row r as LogProb takes it: −inf where the component has no weight, whose row is not read.
-template <class T>
-__device__ inline float logit_of(const Mixture& mixture, int64_t r, const MixtureRow& row, int component, int64_t column) {
+// A logit of row r as LogProb takes it: −inf where the component has no weight, whose row is not read. Here and below a row is a
+// MixtureRow or its LogProb.
+template <class T, class Row>
+__device__ inline float logit_of(const Mixture& mixture, int64_t r, const Row& row, int component, int64_t column) {
   return row.uses(component) ? widened(row_of<const T>(rows_of(mixture, component), r)[column]) : -INFINITY;
 }
 
 // The same of this thread's share of a span, −inf beyond the end of the row.
-template <class T>
-__device__ inline void logits_of_share(const Mixture& mixture, int64_t r, int64_t span, const MixtureRow& row, int component, int64_t lead,
+template <class T, class Row>
+__device__ inline void logits_of_share(const Mixture& mixture, int64_t r, int64_t span, const Row& row, int component, int64_t lead,
                                        float (&value)[share_size]) {
   if (row.uses(component)) {
     load_share(row_of<const T>(rows_of(mixture, component), r), mixture.base.columns, span, value, lead);
@@ -116,8 +115,8 @@ __device__ inline void logits_of_share(const Mixture& mixture, int64_t r, int64_
 }
 
 // log p_mix of this thread's share of a span of row r, −inf beyond the end of the row.
-template <class T>
-__device__ inline void log_probs_of_share(const Mixture& mixture, int64_t r, int64_t span, const MixtureRow& row, int64_t lead,
+template <class T, class Row>
+__device__ inline void log_probs_of_share(const Mixture& mixture, int64_t r, int64_t span, const Row& row, int64_t lead,
                                           float (&value)[share_size]) {
   float other[share_size];
   logits_of_share<T>(mixture, r, span, row, base, lead, value);

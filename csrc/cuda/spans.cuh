@@ -4,8 +4,6 @@
 // online softmax in the workspace, 8 bytes for 16 KB of bf16. Whoever needs a row's state has a warp merge those of its spans,
 // in a fixed order. One row of a decoding step is so spread over the device, and a thousand rows take the same way: the bits of
 // a row do not depend on how many rows there are.
-//
-// An op that reads its rows a second time does so in groups of rows that fit into the second-level cache, see for_each_step.
 #pragma once
 
 #include "core/softmax.h"
@@ -52,10 +50,11 @@ __device__ inline Softmax<float> softmax_of_block(const float (&value)[share_siz
   return state;
 }
 
-// The block's part of a first pass over rows: span number i of all leaves its state.
+// A first pass over rows, a block a span, which leaves its state.
 template <class T>
-__device__ inline void reduce_span(const Rows& rows, int64_t i, Softmax<float>* states) {
-  const int64_t spans = spans_of(rows.columns);
+__global__ void __launch_bounds__(block_threads) reduce_spans_of_rows(Rows rows, Softmax<float>* states) {
+  let_next_kernel_start();
+  const int64_t spans = spans_of(rows.columns), i = blockIdx.x;
   float value[share_size];
   load_share(row_of<const T>(rows, i / spans), rows.columns, i % spans, value);
   const Softmax<float> state = softmax_of_block(value);
@@ -69,30 +68,6 @@ __device__ inline Softmax<float> merged_by_warp(int64_t count, const F& state) {
   for (int64_t i = lane_of_thread(); i < count; i += warp_size) merged = merge(merged, state(i));
   return reduce_warp(merged, [](Softmax<float> a, Softmax<float> b) { return merge(a, b); });
 }
-
-struct Group {
-  int64_t first;
-  int64_t count;
-};
-
-// Calls step(read, written) for the groups of rows in turn: while one group's rows are read from memory, the group before it is
-// read from the cache and its results are written. Either may be empty.
-template <class F>
-inline void for_each_step(int device, int64_t rows, int64_t row_bytes, const F& step) {
-  int cache_bytes = 0;
-  cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device);
-  // A third each for the group that is read, for the one before it, and for what is written.
-  const int64_t size = larger(1, cache_bytes / 3 / row_bytes);
-  Group before{0, 0};
-  for (int64_t first = 0; first < rows; first += size) {
-    const Group group{first, smaller(size, rows - first)};
-    step(group, before);
-    before = group;
-  }
-  if (before.count > 0) step(Group{rows, 0}, before);
-}
-
-inline int64_t bytes_of_row(const Rows& rows) { return rows.columns * (rows.dtype == DType::float32 ? 4 : 2); }
 
 // Float32 results of a row, written with aligned stores from shares of T: the shares are moved down by lead_of(out), so that
 // rows have spans_written of them.

@@ -6,13 +6,6 @@
 namespace memdec::cuda {
 namespace {
 
-// A block a span.
-template <class T>
-__global__ void __launch_bounds__(block_threads) reduce_spans_of_rows(Rows logits, Softmax<float>* states) {
-  let_next_kernel_start();
-  reduce_span<T>(logits, blockIdx.x, states);
-}
-
 // A warp a row.
 template <class T>
 __global__ void __launch_bounds__(warp_size) log_prob_of_rows(TokenLogProb op, const Softmax<float>* states) {

@@ -35,7 +35,7 @@ CONTEXT = 48
 # float16 codes: an 8-bit code that falls on the other side of a boundary is 5% more.
 FIT: dict[str, Any] = {
     "fractions": (0.6, 0.2, 0.2), "context": CONTEXT, "k": 16, "temperature": 5.0, "codec": "float16", "max_steps": 8,
-    "learning_rate": 3e-3, "eval_every": 4, "dtype": "float32", "tensorboard": False,
+    "learning_rate": 3e-3, "eval_every": 4, "dtype": "float32", "tensorboard": False, "teacher": "knn",
 }  # fmt: skip
 TRAIN: dict[str, Any] = {
     "max_steps": 6, "eval_every": 6, "save_every": 2, "batch_size": 4, "learning_rate": 3e-3, "tensorboard": False,
@@ -101,6 +101,14 @@ def test_a_language_model_teaches_on_the_gpu(run: SimpleNamespace) -> None:
         for device in ("cpu", "cuda")
     ]  # fmt: skip
     assert float(apart(*made).mean()) < 0.01
+
+
+def test_fit_adapts_its_teacher_on_the_gpu(run: SimpleNamespace, tmp_path: Path) -> None:
+    """The recipe of a whole copy: a model fine-tuned on the text makes the keys and is mixed into the teacher."""
+    fit(run.base, run.root / "text", tmp_path, device="cuda", **FIT | {"teacher": "knn-lm", "adapt_epochs": 1})
+    figures = json.loads((tmp_path / "training" / "training.json").read_text())["results"]
+    assert (tmp_path / "adapted" / "memory").is_dir()
+    assert 1 < figures["mixture_perplexity"] < figures["base_perplexity"]
 
 
 def test_a_cut_start_is_mended_on_the_gpu(tiny_gpt2: Callable[..., Any]) -> None:

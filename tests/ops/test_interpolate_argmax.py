@@ -54,6 +54,17 @@ def test_a_compromise_wins(simd, device):
         assert int(ops.interpolate_argmax(base, memory, 0.5)) == token
 
 
+@pytest.mark.parametrize("flat", [0, 1, 2, 4], ids="flat span {}".format)
+def test_a_span_of_equals_among_others(simd, device, flat):
+    """One span, not always the first, has more tokens near its top than a list holds, and the winner is none of the listed."""
+    vocab, span = 5 * 4096 + 100, 4096
+    base, memory = torch.full((2, 1, vocab), -9.0, device=device)
+    base[0, torch.arange(5, device=device) * span + 7] = 0.5  # every span has a list that is in play
+    base[0, flat * span : (flat + 1) * span] = 1.0
+    memory[0, -1], memory[0, flat * span + 3000] = 0.0, -2.0  # the latter near no top
+    assert int(ops.interpolate_argmax(base, memory, 1e-4)) == flat * span + 3000
+
+
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0])
 def test_flat_to_peaked(simd, device, scale):
     """From nearly uniform rows, where the second pass must look at every token, to one token that holds everything."""
