@@ -5,8 +5,8 @@
 #     bash bench/gpu/run.sh OUTDIR --rehearse   the same steps where there is no GPU: the CPU stands in for it
 #     PARTS="bench" bash bench/gpu/run.sh OUT   some of: tests sanitizers bench
 #
-# OUTDIR gets a log a kind of step, steps.jsonl (a line a step), bench.jsonl (a line a contestant) and decoding.jsonl (a line a
-# pair), all with device, driver, versions and commit (MEMDEC_COMMIT=… where the folder has no git history). A step has a time limit of its own, and one that
+# OUTDIR gets a log a kind of step, steps.jsonl (a line a step), bench.jsonl (a line a contestant), profile.jsonl (a line a kernel)
+# and decoding.jsonl (a line a pair), all with device, driver, versions and commit (MEMDEC_COMMIT=… where the folder has no git history). A step has a time limit of its own, and one that
 # fails does not stop the others. The last thing printed is a table; the exit status is 0 if every step was green.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -27,7 +27,7 @@ if [ $REHEARSE = yes ]; then DEVICE=cpu CUDA=off; else DEVICE=cuda CUDA=on; fi
 # A line a test: what ran out of time has told by then which failed. (pytest-benchmark warns once a worker.)
 PYTEST=("$PYTHON" -m pytest -v -rfEs --tb=short -p no:cacheprovider -p no:benchmark)
 BENCH=("$PYTHON" -m pytest -q -p no:cacheprovider)
-rm -f "$OUT"/{build,tests,sanitizers,bench}.log "$OUT"/{steps,bench,decoding}.jsonl
+rm -f "$OUT"/{build,tests,sanitizers,bench}.log "$OUT"/{steps,bench,decoding,profile}.jsonl
 
 # step NAME LOG SECONDS COMMAND…: runs it within its time and what is left of the whole, and notes how it went. Steps may run
 # side by side (&, then wait): what one has printed goes to its log when it ends.
@@ -101,9 +101,7 @@ if part bench; then
       --json-lines="$OUT/bench.jsonl"
   done
   [ $REHEARSE = yes ] || step "bench decoding" bench 90 "$PYTHON" bench/gpu/decoding.py --out "$OUT/decoding.jsonl"
-  [ $REHEARSE = yes ] || step "ncu of aggregate_neighbors" bench 40 ncu --clock-control none -k regex:rows_by_warps -c 1 \
-    --section SpeedOfLight --section Occupancy --section LaunchStats \
-    "${BENCH[@]}" bench/bench_aggregate_neighbors.py --device=cuda -k "float32 and uniform"
+  [ $REHEARSE = yes ] || step "profiles" bench 75 "$PYTHON" bench/gpu/profile.py --out "$OUT/profile.jsonl"
 fi
 
 "$PYTHON" bench/gpu/report.py table "$OUT"

@@ -56,7 +56,7 @@ def test_a_compromise_wins(simd, device):
 
 @pytest.mark.parametrize("flat", [0, 1, 2, 4], ids="flat span {}".format)
 def test_a_span_of_equals_among_others(simd, device, flat):
-    """One span, not always the first, has more tokens near its top than a list holds, and the winner is none of the listed."""
+    """One span, not always the first, has more tokens near its top than a list holds; the winner is not in it."""
     vocab, span = 5 * 4096 + 100, 4096
     base, memory = torch.full((2, 1, vocab), -9.0, device=device)
     base[0, torch.arange(5, device=device) * span + 7] = 0.5  # every span has a list that is in play
