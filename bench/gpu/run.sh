@@ -94,7 +94,7 @@ wait
 
 if part bench; then
   benches=(aggregate_neighbors:40 alignment_loss:60 interpolate_log_prob:40 interpolate_argmax:40 decoding_step:40
-    interpolate_sample:45 linear_alignment_loss:45 search:45 token_log_prob:20 interpolate:30 training:40)
+    interpolate_sample:45 linear_alignment_loss:45 search:45 token_log_prob:20 interpolate:30 training:40 host_cost:20)
   [ $REHEARSE = yes ] && benches=(token_log_prob:120 decoding_step:60)
   for bench in "${benches[@]}"; do
     step "bench ${bench%:*}" bench "${bench#*:}" "${BENCH[@]}" -s "bench/bench_${bench%:*}.py" --device=$DEVICE \
