@@ -10,13 +10,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fused_checks
+import kernel_checks
 import pytest
 import torch
 from continuations import TOKENS, assert_same_texts, greedy, padded
 from test_law import VOCAB, statistic
 
 from memdec import MemoryModel, build_info
-from memdec.decoding import graphs
+from memdec.decoding import graphs, kernels
+from memdec.decoding.cache import slot_cache
+from memdec.decoding.fusing import fused_step
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or build_info()["cuda"] != "on",
@@ -227,6 +231,95 @@ def test_on_a_stream_of_the_caller_s(model: MemoryModel) -> None:
         ids = there.to("cuda", non_blocking=True)
         got = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, **HOW["γ = 4"])[:, 3:].tolist()
     assert_same(model, [[4, 8, 15]], got, wanted)
+
+
+# -- fused steps -----------------------------------------------------------------------------------------------------
+
+
+def triton_kernels(dtype: torch.dtype) -> Any:
+    """They must work wherever Triton is: a fall back to their twins would hide that they do not."""
+    pytest.importorskip("triton", reason="this PyTorch came without Triton")
+    found = kernels.fast_kernels(torch.device("cuda"), dtype)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("dtype", kernel_checks.DTYPES, ids=str)
+@pytest.mark.parametrize("rows, width", kernel_checks.NORMS)
+def test_add_norm(dtype: torch.dtype, rows: int, width: int) -> None:
+    kernel_checks.check_add_norm(triton_kernels(dtype), "cuda", dtype, rows, width)
+
+
+@pytest.mark.parametrize("dtype", kernel_checks.DTYPES, ids=str)
+@pytest.mark.parametrize("rows, width", kernel_checks.PRODUCTS)
+def test_silu_mul(dtype: torch.dtype, rows: int, width: int) -> None:
+    kernel_checks.check_silu_mul(triton_kernels(dtype), "cuda", dtype, rows, width)
+
+
+@pytest.mark.parametrize("dtype", kernel_checks.DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("heads, key_heads, dim", [(14, 2, 64), (4, 4, 128), (7, 1, 80)])
+def test_rotate_and_store(dtype: torch.dtype, rows: int, count: int, heads: int, key_heads: int, dim: int) -> None:
+    kernel_checks.check_rotate_and_store(triton_kernels(dtype), "cuda", dtype, rows, count, heads, key_heads, dim)
+
+
+@pytest.mark.parametrize("name", fused_checks.MODELS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_fused_step_says_what_the_model_says(name: str, count: int) -> None:
+    """In bfloat16 a product of several weights may round otherwise than each; logits that are wrong are wrong by 2."""
+    fused_checks.assert_same(fused_checks.tiny(name).to("cuda"), count, 5e-4)
+    fused_checks.assert_same(fused_checks.tiny(name).to("cuda", torch.bfloat16), count, 0.25)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama, a key head for each", "qwen3"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_captured_step_is_replayed(name: str, count: int) -> None:
+    """With tokens, positions, slots and a mask that came after the capture."""
+    model = fused_checks.tiny(name).to("cuda", torch.bfloat16)
+    step, (cache, _) = fused_step(model), slot_cache(model, 256)
+    assert step is not None
+    tokens, at = torch.zeros(2, 2, count, dtype=torch.int64, device="cuda")
+    hidden = torch.zeros(2, count, 256, dtype=torch.bool, device="cuda")
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(tokens, at, at, hidden, cache)
+        torch.cuda.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        captured = step(tokens, at, at, hidden, cache)
+        graph.capture_end()
+        tokens.copy_(torch.randint(0, 97, tokens.shape))
+        at.copy_(torch.arange(40, 40 + count).expand(2, count))
+        hidden.copy_(torch.arange(256) > at.cpu()[..., None])
+        graph.replay()
+        replayed = captured.clone()
+        torch.testing.assert_close(replayed, step(tokens, at, at, hidden, cache), rtol=0.02, atol=0.02)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("count, most", [(1, 9), (3, 10)])
+def test_kernels_a_layer(name: str, count: int, most: int) -> None:
+    """Counted by PyTorch's profiler in steps of models of two layers and of four, without those that end a product."""
+    triton_kernels(torch.bfloat16)
+    launched = []
+    for layers in (2, 4):
+        model = fused_checks.tiny(name, num_hidden_layers=layers, hidden_size=64).to("cuda", torch.bfloat16)
+        step, (cache, _) = fused_step(model), slot_cache(model, 256)
+        assert step is not None
+        tokens = torch.zeros(1, count, dtype=torch.int64, device="cuda")
+        hidden = torch.zeros(1, count, 256, dtype=torch.bool, device="cuda")
+        step(tokens, tokens, tokens, hidden, cache)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step(tokens, tokens, tokens, hidden, cache)
+            torch.cuda.synchronize()
+        names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        launched.append([name for name in names if "splitK" not in name and "Memset" not in name])
+    each = (len(launched[1]) - len(launched[0])) / 2
+    assert 0 < each <= most, (each, launched[0])
 
 
 def test_where_a_capture_fails_the_text_is_written_without(

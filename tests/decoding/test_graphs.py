@@ -18,9 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from memdec import MemdecError, MemoryModel
 from memdec.decoding import engine, graphs
-from memdec.decoding.cache import slot_cache
-from memdec.decoding.fusing import fused, group_of
-from memdec.modeling.cache import cache_name
+from memdec.decoding.fusing import FusedStep
 
 # What waits for the device, has a size that depends on data, or copies from memory that is not pinned.
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "masked_select", "unique", "equal", "item")
@@ -247,34 +245,6 @@ def test_broken_weights_are_said_to_be(make_pair: Callable[..., MemoryModel], ov
         greedy(broken, {"input_ids": torch.tensor([[1, 2]])}, **HOW["γ = 4"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_fused_step_says_what_a_plain_one_does(tiny_llama: Callable[..., Any], dtype: torch.dtype) -> None:
-    """Four query heads on two key heads, three tokens behind five; in bfloat16 by its own rounding of a plain step."""
-    model = tiny_llama(seed=3).to(dtype)
-    group, hidden = group_of(model), torch.full((2, 3, 8), False)
-    assert group == 2
-    for i in range(3):
-        hidden[:, i, 6 + i :] = True
-    hidden[1, :, :2] = True
-    ids = torch.arange(1, 17).reshape(2, 8)
-    said = []
-    for fuse in (False, True):
-        cache, slots = slot_cache(model, 8)
-        with torch.no_grad():
-            model(ids[:, :5], **{cache_name(model.forward): cache}, position_ids=torch.arange(5)[None])
-            slots.at = torch.arange(5, 8).expand(2, 3)
-            shown = hidden.repeat(1, group, 1) if fuse else hidden
-            mask = torch.zeros(shown.shape, dtype=dtype).masked_fill(shown, -torch.inf)[:, None]
-            with fused(model) if fuse else nullcontext():
-                places = torch.arange(5, 8)[None]
-                said.append(
-                    model(ids[:, 5:], mask, position_ids=places, **{cache_name(model.forward): cache}).logits.float()
-                )
-    exact = {torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
-    torch.testing.assert_close(said[1], said[0], rtol=exact, atol=exact)
-    assert model.config._attn_implementation == "sdpa" and not any("forward" in m.__dict__ for m in model.modules())
-
-
 # -- graphs and streams, by stand-ins --------------------------------------------------------------------------------
 
 
@@ -396,6 +366,17 @@ def test_why_not(
     model.base.eval()
     model.base.config._attn_implementation = "flex_attention"
     assert "not made for static caches" in str(graphs.why_not(model, cpu))
+
+
+def test_steps_are_fused(make_pair: Callable[..., MemoryModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the llama and not of the gpt2, and of none that is compiled; its forward is the model's own all the same."""
+    model = make_pair()
+    rounds = graphs.rounds_of(model, 1, 16, 8, None)
+    assert isinstance(rounds.fused[rounds.base], FusedStep) and rounds.fused[rounds.memory] is None
+    assert not any("forward" in module.__dict__ for module in model.base.modules())
+    monkeypatch.setenv("MEMDEC_COMPILE", "1")
+    rounds = graphs.rounds_of(model, 1, 16, 8, None)
+    assert list(rounds.fused.values()) == [None, None]
 
 
 def test_few_buffers_are_kept(make_pair: Callable[..., MemoryModel]) -> None:

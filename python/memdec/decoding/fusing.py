@@ -1,99 +1,261 @@
 """A step of fewer kernels, for the families whose blocks are Llama's: what a GPU waits for when few rows are computed.
 
 As transformers writes it, a block of Llama or Qwen is some forty kernels, most of which touch a few kilobytes and take
-the time of their launch, in a CUDA graph as well. Three things are written otherwise while a step is captured:
+the time of their launch, in a CUDA graph as well. Here the model's forward is written out over its modules' weights:
 
-- a norm is one kernel instead of eight, and the rotation of queries and keys five instead of ten (both round less often
-  than the originals in half precision);
-- the query heads that share a key head are rows of one attention, so that keys and values are not copied for each.
+    x, s = add_norm(mlp's output, s)            the sum of the residual goes along with the norm
+    qkv  = x · (Wq, Wk, Wv)ᵀ                    one product
+    q    = rotate_and_store(qkv)                keys and values go into their slots
+    a    = attention(q, keys, values)           the query heads that share a key head are rows of one attention
+    x, s = add_norm(a · Woᵀ, s)
+    x    = silu_mul(x · (Wgate, Wup)ᵀ) · Wdownᵀ
+
+That is nine kernels, ten where several tokens are read, and those into which cuBLAS splits a product; see
+:mod:`memdec.decoding.kernels`. For several weights to be one matrix, the modules' parameters are moved, once, to where
+they lie one behind the other. They stay the parameters they are, of the same values, and no second copy is kept.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.utils.dlpack import from_dlpack
+from transformers.cache_utils import Cache
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-ATTENTION = "memdec_grouped"
+from memdec.decoding.cache import can_roll_back
+from memdec.decoding.kernels import add_norm, fast_kernels, rotate_and_store, silu_mul
+
+LOGGER = logging.getLogger(__name__)
+
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ACTIVATIONS = ("SiLUActivation", "SiLU")
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-def group_of(model: Any) -> int | None:
-    """Query heads that share a key head, where steps of the model can be fused; None where they cannot."""
-    config = model.config
-    blocks = sys.modules[type(model).__module__]
-    if config.model_type not in FAMILIES or not hasattr(blocks, "apply_rotary_pos_emb"):
+def fused_step(model: Any) -> FusedStep | None:
+    """The model's fused step, its weights put side by side; None where it does not compute what such a step does."""
+    if not qualifies(model):
         return None
-    if config._attn_implementation != "sdpa" or getattr(config, "partial_rotary_factor", 1.0) != 1.0:
-        return None
-    group: int = config.num_attention_heads // config.num_key_value_heads
-    return group
-
-
-@contextmanager
-def fused(model: Any) -> Iterator[None]:
-    """Within it a forward takes fewer kernels, and a mask of (B, 1, group·n, keys), the heads of a group outermost."""
-    norms = [module for module in model.modules() if type(module).__name__ in NORMS]
-    before = model.config._attn_implementation
-    blocks: Any = sys.modules[type(model).__module__]  # whose attention calls a function of the module's
-    rotate = blocks.apply_rotary_pos_emb
     try:
-        blocks.apply_rotary_pos_emb = _rotate
-        for norm in norms:
-            norm.__dict__["forward"] = _forward(norm)
-        model.config._attn_implementation = ATTENTION
-        yield
-    finally:
-        model.config._attn_implementation = before
-        blocks.apply_rotary_pos_emb = rotate
-        for norm in norms:
-            norm.__dict__.pop("forward", None)
+        return FusedStep(model)
+    except (RuntimeError, AttributeError) as problem:
+        # Weights made in inference mode do not move outside of it, or there is no room, or this PyTorch cannot do it.
+        LOGGER.debug("the steps of %s are not fused: %s", type(model).__name__, problem)
+        return None
 
 
-def _forward(norm: nn.Module) -> Any:
-    weight: Any = norm.weight
-    epsilon: Any = norm.variance_epsilon
+def qualifies(model: Any) -> bool:
+    """Whether the model computes what :class:`FusedStep` does.
 
-    def forward(x: Tensor) -> Tensor:
-        return functional.rms_norm(x, weight.shape, weight, epsilon)
-
-    return forward
-
-
-def _rotate(
-    query: Tensor,  # (B, heads, n, dim)
-    key: Tensor,  # (B, key heads, n, dim)
-    cos: Tensor,  # (B, n, dim)
-    sin: Tensor,  # (B, n, dim)
-    unsqueeze_dim: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by their positions, in one go."""
-    both, half = torch.cat((query, key), 1), query.shape[-1] // 2
-    turned = torch.cat((-both[..., half:], both[..., :half]), -1)
-    out = torch.addcmul(both * cos.unsqueeze(unsqueeze_dim), turned, sin.unsqueeze(unsqueeze_dim))
-    return out[:, : query.shape[1]], out[:, query.shape[1] :]
-
-
-def _attend(
-    module: Any,
-    query: Tensor,  # (B, heads, n, dim)
-    key: Tensor,  # (B, key heads, keys, dim)
-    value: Tensor,  # (B, key heads, keys, dim)
-    attention_mask: Tensor,  # (B, 1, group·n, keys), added
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of (B, key heads, group·n) rows; what comes out is (B, n, heads, dim), as transformers wants it."""
-    rows = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-    out = functional.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(query.shape).transpose(1, 2).contiguous(), None
+    It is a class of transformers' own of one of the FAMILIES, so that nothing is scaled or capped on the way, its parts
+    are known by name and class, none is quantised, adapted or shared, and its attention is sdpa without windows.
+    """
+    family = model.config.model_type
+    code = f"transformers.models.{family}.modeling_{family}"
+    if FAMILIES.get(family) != type(model).__name__ or type(model).__module__ != code:
+        return False
+    if model.config._attn_implementation != "sdpa" or not can_roll_back(model):
+        return False
+    inner = model.model
+    if not _has(model, ("model", "lm_head")) or not _has(inner, ("embed_tokens", "layers", "norm")):
+        return False
+    if type(inner.embed_tokens) is not nn.Embedding or len(inner.layers) != model.config.num_hidden_layers:
+        return False
+    if not _is_of(code, inner, inner.norm) or not all(_block_qualifies(block, code) for block in inner.layers):
+        return False
+    if any(2 * inner.rotary_emb.inv_freq.numel() != block.self_attn.head_dim for block in inner.layers):
+        return False
+    weights = [weight for part in (inner, model.lm_head) for weight in part.parameters()]
+    joined = [[part.weight for parts in _products(block) for part in parts] for block in inner.layers]
+    return (
+        weights[0].is_floating_point()
+        and all(type(weight) is nn.Parameter and weight.dtype == weights[0].dtype for weight in weights)
+        and len({tuple(weight.shape for weight in block) for block in joined}) == 1
+        and len({id(weight) for block in joined for weight in block}) == len(joined) * len(joined[0])
+    )
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+class FusedStep:
+    """A forward of few tokens of a model that :func:`qualifies`, behind what its cache holds.
+
+    Args:
+        model: whose weights are moved side by side; the parameters stay the same objects.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        attention = model.model.layers[0].self_attn
+        self.dim: int = attention.head_dim
+        self.heads: int = attention.q_proj.out_features // self.dim
+        self.key_heads: int = attention.k_proj.out_features // self.dim
+        self.group = self.heads // self.key_heads
+        weight = model.lm_head.weight
+        fast_kernels(weight.device, weight.dtype)  # what is tried is tried before a capture
+        for block in model.model.layers:
+            before = block.mlp.up_proj.weight.data_ptr()
+            for parts in _products(block):
+                side_by_side(parts)
+            if weight.is_cuda and block.mlp.up_proj.weight.data_ptr() != before:
+                torch.cuda.empty_cache()  # two pieces where the old weights lay are not room for the next ones
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: Tensor,  # (B, n)
+        positions: Tensor,  # (B, n)
+        slots: Tensor,  # (B, n) int64, in [0, room)
+        hidden: Tensor,  # (B, n, room) bool, True where a token does not look
+        cache: Cache,  # of SlotLayers
+    ) -> Tensor:
+        """Logits (B, n, V) after each of the tokens, whose keys and values go into their slots."""
+        inner = self.model.model
+        rows, count = tokens.shape
+        x = inner.embed_tokens(tokens)
+        cos, sin = inner.rotary_emb(x, positions)
+        cos, sin = cos.expand(rows, -1, -1), sin.expand(rows, -1, -1)
+        mask = self.mask(hidden, x.dtype)
+        x = x.flatten(0, 1)
+        residual: Tensor | None = None
+        for block, layer in zip(inner.layers, cache.layers, strict=True):
+            if not layer.is_initialized:  # no prompt was read
+                none = x.new_empty(rows, self.key_heads, 0, self.dim)
+                layer.lazy_initialization(none, none)
+            attention, mlp = block.self_attn, block.mlp
+            query_key_value, gate_up = _products(block)
+            x, residual = add_norm(x, residual, block.input_layernorm.weight, block.input_layernorm.variance_epsilon)
+            merged = functional.linear(x, *side_by_side(query_key_value)).view(rows, count, -1)
+            queries = rotate_and_store(merged, cos, sin, slots, layer.keys, layer.values, _norms(attention))
+            x = self.attend(queries, layer.keys, layer.values, mask, attention.scaling)
+            x = functional.linear(x, attention.o_proj.weight, attention.o_proj.bias)
+            after = block.post_attention_layernorm
+            x, residual = add_norm(x, residual, after.weight, after.variance_epsilon)
+            x = silu_mul(functional.linear(x, *side_by_side(gate_up)))
+            x = functional.linear(x, mlp.down_proj.weight, mlp.down_proj.bias)
+        x, _ = add_norm(x, residual, inner.norm.weight, inner.norm.variance_epsilon)
+        logits: Tensor = self.model.lm_head(x)
+        return logits.view(rows, count, -1)
+
+    def mask(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the attention's scores: see :meth:`attend`."""
+        rows, count, room = hidden.shape
+        if self.group == 1:
+            mask = torch.zeros(rows, 1, count, room, dtype=dtype, device=hidden.device)
+            return mask.masked_fill_(hidden[:, None], -torch.inf)
+        mask = torch.zeros(rows, self.key_heads, self.group, count, room, dtype=dtype, device=hidden.device)
+        mask.masked_fill_(hidden[:, None, None], -torch.inf)
+        return mask.view(rows * self.key_heads, 1, self.group * count, room)
+
+    def attend(
+        self,
+        queries: Tensor,  # (B, heads, n, dim)
+        keys: Tensor,  # (B, key heads, room, dim)
+        values: Tensor,  # (B, key heads, room, dim)
+        mask: Tensor,  # (B, 1, n, room); with groups (B·key heads, 1, group·n, room)
+        scale: float,
+    ) -> Tensor:
+        """Attention (B·n, heads·dim).
+
+        The queries of a group of heads are rows on their key head, which is not copied for each; key heads are rows of
+        the batch, so that what comes out for one token lies as the next product wants it.
+        """
+        rows, heads, count, dim = queries.shape
+        if self.group > 1:
+            queries = queries.view(rows * self.key_heads, 1, self.group * count, dim)
+            keys, values = keys.flatten(0, 1)[:, None], values.flatten(0, 1)[:, None]
+        out: Tensor = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        return out.reshape(rows, heads, count, dim).transpose(1, 2).reshape(rows * count, heads * dim)
+
+
+@torch.no_grad()
+def side_by_side(parts: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of several linear layers as one; their parameters are moved where they do not lie so yet.
+
+    What is returned does not keep the memory alive: the parameters do.
+    """
+    weight = _joined([part.weight for part in parts])
+    return weight, None if parts[0].bias is None else _joined([part.bias for part in parts])
+
+
+def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """(Σ rows, …) of parameters (rows, …) that lie, or from now on lie, one behind the other."""
+    first = parameters[0]
+    rows = sum(len(parameter) for parameter in parameters)
+    if not _are_adjacent(parameters):
+        with torch.inference_mode(False):  # a tensor of that mode could not be trained any more
+            merged = torch.cat([parameter.detach() for parameter in parameters])
+            pieces = torch.split(merged, [len(parameter) for parameter in parameters])
+            for parameter, piece in zip(parameters, pieces, strict=True):
+                # By DLPack, for a storage of its own: who saves a model may take tensors of one storage for copies of
+                # each other and leave all but one out (accelerate does).
+                parameter.data = from_dlpack(piece)
+    size = sum(parameter.nbytes for parameter in parameters)
+    storage = torch._C._construct_storage_from_data_pointer(first.data_ptr(), first.device, size)
+    whole = torch.empty(0, dtype=first.dtype, device=first.device)
+    return whole.set_(storage, 0, (rows, *first.shape[1:]), first.stride())
+
+
+def _are_adjacent(parameters: Sequence[Tensor]) -> bool:
+    """Whether each begins where the one before it ends."""
+    first, place = parameters[0], parameters[0].data_ptr()
+    for parameter in parameters:
+        if not parameter.is_contiguous() or parameter.data_ptr() != place:
+            return False
+        if (parameter.dtype, parameter.device) != (first.dtype, first.device):
+            return False
+        place += parameter.nbytes
+    return True
+
+
+def _products(block: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The linear layers of a block that read the same: of queries, keys and values, and of gate and up."""
+    attention, mlp = block.self_attn, block.mlp
+    return (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+
+
+def _norms(attention: Any) -> tuple[Tensor, Tensor, float] | None:
+    """Weights of the norms of queries and keys and their ε, where there are such norms."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    return attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+
+
+def _block_qualifies(block: Any, code: str) -> bool:
+    if not _has(block, ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")):
+        return False
+    attention, mlp = block.self_attn, block.mlp
+    norms = [block.input_layernorm, block.post_attention_layernorm]
+    if _has(attention, (*ATTENTION_PARTS, "q_norm", "k_norm")):
+        norms += [attention.q_norm, attention.k_norm]
+        if attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
+            return False
+    elif not _has(attention, ATTENTION_PARTS):
+        return False
+    if not _has(mlp, MLP_PARTS) or type(mlp.act_fn).__name__ not in ACTIVATIONS:
+        return False
+    linears = [getattr(attention, name) for name in ATTENTION_PARTS] + [getattr(mlp, name) for name in MLP_PARTS]
+    return (
+        _is_of(code, block, attention, mlp, *norms)
+        and all(type(linear) is nn.Linear for linear in linears)
+        and all(len({part.bias is None for part in parts}) == 1 for parts in _products(block))
+    )
+
+
+def _has(module: Any, names: Sequence[str]) -> bool:
+    """Whether the module's children with weights are those of the names."""
+    return {name for name, child in module.named_children() if any(True for _ in child.parameters())} == set(names)
+
+
+def _is_of(code: str, *modules: Any) -> bool:
+    """Whether the modules' classes are those of transformers' file for the family."""
+    return all(type(module).__module__ == code for module in modules)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from memdec.decoding.cache import slot_cache
 from memdec.decoding.engine import ROOM, Continuations, Reader, row_seeds
-from memdec.decoding.fusing import fused, group_of
+from memdec.decoding.fusing import fused_step
 from memdec.decoding.plan import LONGEST_DRAFT, Estimates
 from memdec.decoding.support import Warpers
 from memdec.modeling.decode import Decode
@@ -133,7 +133,7 @@ class Rounds:
         self.memory = Reader(model.memory, room, model.config.vocab_size, caches["memory"][0])
         self.slots = {self.base: caches["base"][1], self.memory: caches["memory"][1]}
         self.compiles = compiling()
-        self.groups = {one: None if self.compiles else group_of(one.model) for one in self.slots}
+        self.fused = {one: None if self.compiles else fused_step(one.model) for one in self.slots}
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -265,16 +265,16 @@ class Rounds:
         slots = (self.length[:, None] + ahead).clamp(max=self.room - 1)
         final = self.position + self.left.clamp(min=1) - 1
         places = torch.minimum(self.position[:, None] + ahead, final[:, None])
+        hidden = (self.columns > slots[..., None]) | ~self.seen[:, None]
+        block, fused = self.block[:, first : first + count], self.fused[reader]
+        if fused is not None:
+            return fused(block, places, slots, hidden, reader.cache)[..., : reader.vocab_size]
         self.slots[reader].at = slots
-        group = self.groups[reader]
-        last = slots if group is None else slots.repeat(1, group)  # the rows of the attention
-        hidden = (self.columns > last[..., None]) | ~self.seen[:, None]
         mask = torch.zeros(hidden.shape, dtype=reader.model.dtype, device=self.device)
         mask.masked_fill_(hidden, -torch.inf)
         if self.compiles and reader.forward is reader.model:
             reader.forward = torch.compile(reader.model, dynamic=False)
-        with nullcontext() if group is None else fused(reader.model):
-            return reader.read(self.block[:, first : first + count], mask[:, None], places)
+        return reader.read(block, mask[:, None], places)
 
     def remember(self, i: int, logits: Tensor) -> None:
         """Keeps the memory's logits (B, 1, V) after token i of the block."""
@@ -381,17 +381,20 @@ def _seconds(start: Mark, end: Mark) -> float:
 
 def rounds_of(model: Any, rows: int, room: int, widest: int, warpers: Warpers | None) -> Rounds:
     """Buffers and graphs for such a batch: those of before, where the weights are at the same addresses."""
-    tensors = [t for one in (model.base, model.memory) for group in (one.parameters(), one.buffers()) for t in group]
-    key = (rows, room, widest, warpers, model.alpha, compiling(), hash(tuple(t.data_ptr() for t in tensors)))
+
+    def key() -> Any:
+        tensors = [t for one in (model.base, model.memory) for t in (*one.parameters(), *one.buffers())]
+        return (rows, room, widest, warpers, model.alpha, compiling(), hash(tuple(t.data_ptr() for t in tensors)))
+
     kept = _KEPT.setdefault(model, {})
-    found = kept.pop(key, None)
+    found = kept.pop(key(), None)
     if found is None:
         while len(kept) >= KEPT:
             oldest = kept.pop(next(iter(kept)))
             if oldest.streams is not None:
                 oldest.streams[0].synchronize()  # its graphs may be running
         found = Rounds(model, rows, room, widest, warpers)
-    kept[key] = found
+    kept[key()] = found  # the first buffers of a model move weights: see fused_step
     return found
 
 
