@@ -9,11 +9,12 @@
 // Of a row's gradient, scale·exp(z − max) is written everywhere; then the |q| + 1 places that differ are overwritten with what
 // was computed for them in float32 before anything was written: the gradient may lie over the logits.
 //
-// Traffic: the loss reads a row once. With the gradient it reads it again, as far as possible in shared memory, the rest hoped for in
-// the second-level cache, and writes it.
-// The separate backward pass reads once and writes once. Beside that 4 bytes an entry go through the workspace.
+// Traffic: the loss reads a row once. With the gradient it reads it again, in shared memory where it fits, the rest in the second-level
+// cache, and writes it. The separate backward pass reads once and writes once. Beside that 4 bytes an entry go through the workspace.
 //
-// Many rows: a block a row, from end to end. Few rows: their spans are reduced first (softmax.cuh), then a block a row makes the
+// Many rows: as many blocks as the device holds at once, each of which goes through its rows from end to end. While it writes a
+// span of one row's gradient, the same span of its next row comes to the place in shared memory that has just been read, so
+// memory is read all the time. Few rows: their spans are reduced first (softmax.cuh), then a block a row makes the
 // losses and the corrections, then a block a span writes the gradient.
 #include "cuda/softmax.cuh"
 
@@ -21,8 +22,8 @@ namespace memdec::cuda {
 namespace {
 
 // Blocks that a multiprocessor must hold at once. More is the compiler's own aim, and it spills registers for it.
-template <class T>
-constexpr int blocks_at_once = sizeof(T) == 4 ? 2 : 3;
+template <class T, int threads>
+constexpr int blocks_at_once = (sizeof(T) == 4 ? 512 : threads == wide_threads ? 768 : 1024) / threads;
 
 // What is common to AlignmentLoss and AlignmentGradient.
 struct Job {
@@ -112,11 +113,12 @@ struct Sums {
   static __device__ Sums merge(Sums a, Sums b) { return {a.mass + b.mass, a.kl + b.kl, a.has_label | b.has_label}; }
 };
 
-template <class T>
-__device__ inline Sums sums_of_row(const Job& job, const T* z, const Target& target, Softmax<float> state) {
+// `logit`: of a column, as a float.
+template <int threads, class Logit>
+__device__ inline Sums sums_of_row(const Job& job, const Logit& logit, const Target& target, Softmax<float> state) {
   Sums sums{};
   const float log_sum = logarithm(state.sum);
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += wide_threads) {
+  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += threads) {
     const int32_t id = job.teacher.ids[i];
     const float q = job.teacher.probs[i];
     if (!is_token(job, id)) {
@@ -124,47 +126,86 @@ __device__ inline Sums sums_of_row(const Job& job, const T* z, const Target& tar
       continue;
     }
     sums.mass += q;
-    if (q != 0) sums.kl += q * (logarithm(q) - ((widened(z[id]) - state.max) - log_sum));
+    if (q != 0) sums.kl += q * (logarithm(q) - ((logit(id) - state.max) - log_sum));
     sums.has_label |= id == target.label;
   }
-  return reduce_block<wide_threads>(sums, Sums::merge);
+  return reduce_block<threads>(sums, Sums::merge);
 }
 
-// The row's slope, and its gradient at the teacher's entries; reads of z all that write_entries will overwrite.
-template <class T>
-__device__ inline Slope corrections(const Job& job, const Scratch& scratch, const T* z, const Target& target, Softmax<float> state,
+// The row's slope, and its gradient at the teacher's entries; reads all logits that write_entries will overwrite.
+template <int threads, class Logit>
+__device__ inline Slope corrections(const Job& job, const Scratch& scratch, const Logit& logit, const Target& target, Softmax<float> state,
                                     const Sums& sums, float weight) {
   const float pull = weight * job.beta, label_pull = weight * (1 - job.beta);
   Slope slope{state.max, weight * (job.beta * sums.mass + (1 - job.beta)) / state.sum, 0, sums.has_label != 0, false};
   if (!target.label_is_known) slope.scale = NAN;
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += wide_threads) {
+  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += threads) {
     const int32_t id = job.teacher.ids[i];
     if (!is_token(job, id)) continue;
-    const float p = exponential(widened(z[id]) - slope.max) * slope.scale;
+    const float p = exponential(logit(id) - slope.max) * slope.scale;
     scratch.corrected[i] = (p - pull * job.teacher.probs[i]) - (id == target.label ? label_pull : 0);
   }
-  if (target.label_is_known) slope.at_label = exponential(widened(z[target.label]) - slope.max) * slope.scale - label_pull;
+  if (target.label_is_known) slope.at_label = exponential(logit(target.label) - slope.max) * slope.scale - label_pull;
   return slope;
 }
 
 // Span `span` of a row's gradient, but for the corrections.
-template <class T>
-__device__ inline void write_slope(const T* z, T* grad, int64_t columns, int64_t span, const Slope& slope) {
+template <int threads, class T>
+__device__ inline void write_slope(const T* z, T* grad, int64_t columns, int64_t span, const Slope& slope, uint64_t policy) {
+  constexpr int w = width_of<T>;
   const int64_t lead = lead_of(grad);
-  float value[share_size] = {};
-  if (!slope.is_zero) {
-    load_share<wide_threads>(z, columns, span, value, lead);
-#pragma unroll
-    for (int i = 0; i < share_size; ++i) value[i] = decay(value[i] - slope.max) * slope.scale;
+  const int64_t begin = span * columns_in_span<threads> - lead, end = begin + columns_in_span<threads>;
+  // Calls whole(c) for the thread's vectors at columns c that lie from `margin` up to `margin` short of the end, one(c) for other columns.
+  const auto for_each_column = [&](int64_t margin, const auto& whole, const auto& one) {
+#pragma unroll 1
+    for (int64_t c = column_of<T, threads>(span, 0) - lead; c < smaller(end, columns); c += threads * w) {
+      if (c >= margin && c + w + margin <= columns) {
+        whole(c);
+      } else {
+#pragma unroll 1
+        for (int64_t i = larger(c, 0); i < smaller(c + w, columns); ++i) one(i);
+      }
+    }
+  };
+  if (slope.is_zero) {
+    for_each_column(0, [&](int64_t c) { store_aligned(grad + c, uint4{}, policy); }, [&](int64_t i) { grad[i] = T{}; });
+    return;
   }
-  store_share<wide_threads>(grad, columns, span, value, lead);
+  const auto sloped = [&](float x) { return decay(x - slope.max) * slope.scale; };
+  const auto write_all = [&]<int at_once>(const auto& load, int64_t margin) {
+    const auto write = [&](int64_t c, uint4 raw) {
+      float value[w];
+      unpack(T{}, raw, value);
+#pragma unroll
+      for (int i = 0; i < w; ++i) value[i] = sloped(value[i]);
+      store_aligned(grad + c, pack(T{}, value), policy);
+    };
+    if (begin >= margin && end + margin <= columns) {
+#pragma unroll
+      for (int v = 0; v < share_size / w; v += at_once) {
+        uint4 raw[at_once];  // so many loads are under way before the first value is used
+        const int64_t c = column_of<T, threads>(span, v * w) - lead;
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) raw[i] = load(z + c + i * threads * w);
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) write(c + i * threads * w, raw[i]);
+      }
+    } else {
+      for_each_column(margin, [&](int64_t c) { write(c, load(z + c)); }, [&](int64_t i) { grad[i] = narrowed<T>(sloped(widened(z[i]))); });
+    }
+  };
+  if (is_aligned(z - lead)) {
+    write_all.template operator()<share_size / w>([](const T* address) { return load_aligned(address); }, 0);
+  } else {
+    write_all.template operator()<2>([](const T* address) { return load_across(address); }, w);  // more wants more registers than there are
+  }
 }
 
 // The corrections in columns [from, to), over what write_slope wrote there: a barrier lies between the two.
-template <class T>
+template <int threads, class T>
 __device__ inline void write_entries(const Job& job, const Scratch& scratch, T* grad, const Target& target, const Slope& slope,
                                      int64_t from, int64_t to) {
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += wide_threads) {
+  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += threads) {
     const int32_t id = job.teacher.ids[i];
     if (is_token(job, id) && id >= from && id < to) grad[id] = narrowed<T>(scratch.corrected[i]);
   }
@@ -183,53 +224,130 @@ __device__ inline void write_losses(const Job& job, const Scratch& scratch, int6
   }
 }
 
-// A block a row, whose first `copied` spans fit into shared memory: its losses, and its gradient, or (where rows are split) what
-// write_gradient_of_spans needs for it.
+// Asks for what will be read of a row from memory later: entries of the teacher, and what is not in shared memory, as far as the
+// cache has room for that of every block.
+template <int threads, class T>
+__device__ inline void fetch_row(const Job& job, const T* z, const Target& target, int64_t from) {
+  constexpr int64_t step = 32 / static_cast<int64_t>(sizeof(T)), most = (int64_t{64} << 10) / static_cast<int64_t>(sizeof(T));
+  if (const int64_t i = target.begin + threadIdx.x; i < target.end) {
+    fetch_to_cache(job.teacher.ids + i);
+    fetch_to_cache(job.teacher.probs + i);
+  }
+#pragma unroll 1
+  for (int64_t c = from + threadIdx.x * step; c < smaller(job.logits.columns, from + most); c += threads * step) fetch_to_cache(z + c);
+}
+
+// What the threads of a block need to know of a row, kept for them in shared memory: registers are scarce.
 template <class T>
-__global__ void __launch_bounds__(wide_threads, blocks_at_once<T>) align_rows(Job job, Scratch scratch, int64_t copied) {
-  const int64_t r = blockIdx.x, columns = job.logits.columns;
-  const T* const z = row_of<const T>(job.logits, r);
-  const Copy<T> copy(z, copied);
-  const Target target = target_of_row(job, r);
-  const bool ignored = target.label == job.ignore_index;
-  Softmax<float> state{0, 0};
-  Slope slope{0, 0, 0, false, true};
-  if (ignored) {
-    if (threadIdx.x == 0) write_losses(job, scratch, r, 0, 0);
-  } else {
-    copy.begin(z, columns);
-    state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]} : softmax_of_row<T>(job.logits, r, scratch.states, copy);
-    const Sums sums = sums_of_row(job, z, target, state);
-    if (threadIdx.x == 0)
-      write_losses(job, scratch, r, sums.kl, target.label_is_known ? -state.log_prob(widened(z[target.label])) : NAN);
-    if (job.grad.data) slope = corrections(job, scratch, z, target, state, sums, weight_of_row(job, scratch, r));
+struct Known {
+  int64_t r;
+  const T* z;
+  T* grad;  // or null
+  Target target;
+  bool is_ignored;
+  float weight;
+  Slope slope;
+};
+
+// Every gridDim.x-th row is a block's: its losses, and its gradient, or (where rows are split) what write_gradient_of_spans needs for
+// it. Its first `copied` spans are in shared memory, from where each thread takes its own share for the gradient, and at once
+// begins to copy the same share of the next row to the same place.
+template <class T, int threads>
+__global__ void __launch_bounds__(threads, blocks_at_once<T, threads>) align_rows(Job job, Scratch scratch, int64_t copied) {
+  const int64_t rows = job.logits.count, columns = job.logits.columns;
+  const uint64_t policy = cache_policy(copied < spans_of<threads>(columns));  // what is read once goes, what is read again stays
+  // Of four rows of the block, the last in the place of the first: while a warp looks up the next but one, no thread can be
+  // further back than the one before.
+  struct Four {
+    Known<T> row[4];
+  };
+  const auto known_of = [&](unsigned i) -> Known<T>& { return shared<Four>().row[i % 4]; };
+  const auto know = [&](unsigned i, int64_t r) {
+    known_of(i).r = r;
+    if (r >= rows) return;
+    const Target target = target_of_row(job, r);
+    T* const grad = job.grad.data ? row_of<T>(job.grad, r) : nullptr;
+    const float weight = grad ? weight_of_row(job, scratch, r) : 0;
+    known_of(i) = {r, row_of<const T>(job.logits, r), grad, target, target.label == job.ignore_index, weight, {}};
+  };
+  if (threadIdx.x == 0) {
+    know(0, blockIdx.x);
+    know(1, int64_t{blockIdx.x} + gridDim.x);
   }
-  if (threadIdx.x == 0 && job.max) job.max[r] = state.max;
-  if (threadIdx.x == 0 && job.sum) job.sum[r] = state.sum;
-  if (!job.grad.data) return;
-  if (scratch.slopes) {
-    if (threadIdx.x == 0) scratch.slopes[r] = slope;
-    return;
+  __syncthreads();
+
+  bool is_copied = false;  // the row before has seen to it
+  for (unsigned i = 0; known_of(i).r < rows; ++i) {
+    Known<T>& known = known_of(i);
+    const int64_t r = known.r;
+    const Known<T>& known_of_next = known_of(i + 1);
+
+    const T* const z = in_global_memory(known.z);
+    const Copy<T, threads> copy(z, copied);
+    if (copied > 0 && !is_copied && !known.is_ignored) {
+      for (int64_t span = 0; span < copied; ++span) copy.begin(z, columns, span, policy);
+      if (const int64_t c = copy.edge(z, columns); c >= 0) copy.column[c] = z[c];
+    }
+    const auto logit = [&](int64_t c) { return widened(c < copy.columns() ? copy.column[c] : z[c]); };
+    Softmax<float> state{0, 0};
+    Slope slope{0, 0, 0, false, true};
+    if (known.is_ignored) {
+      if (threadIdx.x == 0) write_losses(job, scratch, r, 0, 0);
+    } else {
+      if (copied > 0) fetch_row<threads>(job, z, known.target, copy.columns());
+      state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]}
+                            : softmax_of_row<T, threads>(job.logits, r, z, scratch.states, copy);
+      const Target& target = known.target;
+      const Sums sums = sums_of_row<threads>(job, logit, target, state);
+      if (threadIdx.x == 0) write_losses(job, scratch, r, sums.kl, target.label_is_known ? -state.log_prob(logit(target.label)) : NAN);
+      if (job.grad.data) slope = corrections<threads>(job, scratch, logit, target, state, sums, known.weight);
+    }
+    if (threadIdx.x == 0) {
+      if (job.max) job.max[r] = state.max;
+      if (job.sum) job.sum[r] = state.sum;
+      if (scratch.slopes) scratch.slopes[r] = slope;
+      known.slope = slope;
+    }
+    if (scratch.slopes) return;  // split rows have a block each
+
+    T* const grad = in_global_memory(known.grad);
+    if (threadIdx.x == threads - warp_size) know(i + 2, r + 2 * int64_t{gridDim.x});  // by a warp that has few corrections to make
+    __syncthreads();  // every thread has read the logits that it needs from others' columns
+    // A gradient at another alignment is read from others' places of the copy, too: then the next row must wait.
+    is_copied = copied > 0 && known_of_next.r < rows && grad && lead_of(grad) == lead_of(z);
+    const bool follows = is_copied && !known_of_next.is_ignored;
+    const T* const next_z = follows ? in_global_memory(known_of_next.z) : z;
+    const Copy<T, threads> next(next_z, copied);
+    if (grad) {
+      // What was read last is the likeliest to be in the cache.
+      const uint64_t end = static_cast<uint64_t>(columns + lead_of(grad));
+      for (int64_t span = static_cast<int64_t>(end / columns_in_span<threads>); span >= copied; --span)
+        write_slope<threads>(z, grad, columns, span, slope, policy);
+      for (int64_t span = 0; span < copied; ++span) {
+        write_slope<threads>(copy.column, grad, columns, span, slope, policy);
+        if (follows) next.begin(next_z, columns, span, policy);
+      }
+    }
+    const int64_t edge = follows ? next.edge(next_z, columns) : -1;
+    const T at_edge = edge >= 0 ? next_z[edge] : T{};
+    __syncthreads();  // the slope is written, and can be written over; so can all of the copy
+    if (edge >= 0) next.column[edge] = at_edge;
+    if (grad && !known.is_ignored) write_entries<threads>(job, scratch, grad, known.target, known.slope, 0, columns);
   }
-  T* const grad = row_of<T>(job.grad, r);
-  __syncthreads();  // every thread has read the logits that it needs from others' columns
-  for (int64_t span = 0; span < spans_of<wide_threads>(columns + lead_of(grad)); ++span)
-    write_slope(span < copy.spans ? copy.column : z, grad, columns, span, slope);
-  __syncthreads();  // the slope is written, and can be written over
-  if (!ignored) write_entries(job, scratch, grad, target, slope, 0, columns);
 }
 
 // A block a span of the split rows' gradients.
 template <class T>
-__global__ void __launch_bounds__(wide_threads, blocks_at_once<T>) write_gradient_of_spans(Job job, Scratch scratch) {
+__global__ void __launch_bounds__(wide_threads, blocks_at_once<T, wide_threads>) write_gradient_of_spans(Job job, Scratch scratch) {
   const int64_t columns = job.logits.columns, spans = spans_of<wide_threads>(columns + width_of<T>);
   const int64_t r = blockIdx.x / spans, span = blockIdx.x % spans;
   const Slope slope = scratch.slopes[r];
   T* const grad = row_of<T>(job.grad, r);
-  write_slope(row_of<const T>(job.logits, r), grad, columns, span, slope);
+  write_slope<wide_threads>(row_of<const T>(job.logits, r), grad, columns, span, slope, cache_policy(false));
   __syncthreads();  // the slope is written, and can be written over
-  const int64_t from = span * wide_columns - lead_of(grad);
-  if (!slope.is_zero) write_entries(job, scratch, grad, target_of_row(job, r), slope, from, from + wide_columns);
+  const int64_t from = span * columns_in_span<wide_threads> - lead_of(grad);
+  if (!slope.is_zero) write_entries<wide_threads>(job, scratch, grad, target_of_row(job, r), slope, from,
+                                                     from + columns_in_span<wide_threads>);
 }
 
 // One block: how many rows are not ignored.
@@ -254,14 +372,30 @@ __global__ void __launch_bounds__(wide_threads) reduce_losses(Job job, Scratch s
   *job.losses[2] = ce;
 }
 
-// The spans of a row that a block keeps in shared memory.
-template <class T>
-int64_t copied_spans(const Job& job, const Scratch& scratch, int device) {
-  if (job.known_max || scratch.states) return 0;  // they are read once
-  constexpr int64_t span_bytes = wide_columns * static_cast<int64_t>(sizeof(T));
-  int most = 0;
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return smaller(spans_of<wide_threads>(job.logits.columns), (most / blocks_at_once<T> - 1536) / span_bytes);  // what else a block takes is less
+// The blocks of align_rows, and how many of a row's spans each keeps in shared memory.
+struct Blocks {
+  int64_t count;
+  int64_t copied;
+};
+
+// As many a multiprocessor as leave no more of their rows out of shared memory than the second-level cache holds until they come
+// back for it, with what passes through it meanwhile.
+template <class T, int threads>
+Blocks blocks_of(const Job& job, const Scratch& scratch, int device) {
+  if (job.known_max || scratch.states) return {job.logits.count, 0};  // rows are read once, or not at all
+  int shared_bytes = 0, cache_bytes = 0, processors = 0;
+  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t columns = job.logits.columns, spans = spans_of<threads>(columns);
+  for (int blocks = blocks_at_once<T, threads>;; --blocks) {
+    const int64_t room = shared_bytes / blocks - 1536;  // what else a block takes is less
+    int64_t copied = spans;
+    while (Copy<T, threads>::bytes(columns, copied) > room) --copied;
+    const int64_t left = larger(0, columns - copied * columns_in_span<threads>) * static_cast<int64_t>(sizeof(T));
+    if (blocks == 1 || left * blocks * processors <= cache_bytes / 4)
+      return {copied > 0 ? smaller(job.logits.count, int64_t{blocks} * processors) : job.logits.count, copied};
+  }
 }
 
 Job job_of(const AlignmentLoss& op) {
@@ -304,20 +438,26 @@ int64_t bytes_of(const Job& job) {
   return parts.bytes();
 }
 
+template <class T, int threads>
+void run_rows(const Job& job, const Scratch& scratch, int device, cudaStream_t stream) {
+  if (scratch.states) launch_split_softmax<T, threads>(job.logits, scratch.states, stream);
+  const Blocks blocks = blocks_of<T, threads>(job, scratch, device);
+  const int64_t shared_bytes = Copy<T, threads>::bytes(job.logits.columns, blocks.copied);
+  cudaFuncSetAttribute(align_rows<T, threads>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  launch(align_rows<T, threads>, blocks.count, threads, static_cast<size_t>(shared_bytes), stream, job, scratch, blocks.copied);
+  if (scratch.slopes)
+    launch(write_gradient_of_spans<T>, job.logits.count * spans_of<wide_threads>(job.logits.columns + width_of<T>), wide_threads, 0, stream,
+           job, scratch);
+}
+
 Status run(const Job& job, const Launch& where) {
   return on_device(where, job.logits.dtype, "logits", [&]<class T>(T, cudaStream_t stream) {
     Parts parts(where.workspace);
     const Scratch scratch = scratch_of(job, parts);
-    const int64_t rows = job.logits.count;
     if (scratch.kept) launch(count_kept, 1, wide_threads, 0, stream, job, scratch);
-    if (rows > 0) {
-      if (scratch.states) launch_split_softmax<T>(job.logits, scratch.states, stream);
-      const int64_t copied = copied_spans<T>(job, scratch, where.device), shared_bytes = Copy<T>::bytes(copied);
-      cudaFuncSetAttribute(align_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-      launch(align_rows<T>, rows, wide_threads, static_cast<size_t>(shared_bytes), stream, job, scratch, copied);
-      if (scratch.slopes)
-        launch(write_gradient_of_spans<T>, rows * spans_of<wide_threads>(job.logits.columns + width_of<T>), wide_threads, 0, stream, job,
-               scratch);
+    if (job.logits.count > 0) {
+      if (threads_for(job.logits) == wide_threads) run_rows<T, wide_threads>(job, scratch, where.device, stream);
+      else run_rows<T, widest_threads>(job, scratch, where.device, stream);
     }
     if (job.losses[0] && job.reduction != Reduction::none) launch(reduce_losses, 1, wide_threads, 0, stream, job, scratch);
   });

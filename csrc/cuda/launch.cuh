@@ -144,6 +144,15 @@ __device__ inline T* dynamic_shared() {
 #endif
 }
 
+// The same address, of which the compiler then knows that it is in global memory, wherever it was read from.
+template <class T>
+__device__ inline T* in_global_memory(T* address) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
 __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 __host__ __device__ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

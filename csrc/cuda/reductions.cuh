@@ -52,6 +52,7 @@ __device__ inline T reduce_block(T value, const Merge& merge) {
   if (lane_of_thread() == 0) scratch.of_warp[warp_of_thread()] = value;
   __syncthreads();
   value = scratch.of_warp[0];
+#pragma unroll 4
   for (int w = 1; w < threads / warp_size; ++w) value = merge(value, scratch.of_warp[w]);
   return value;
 }

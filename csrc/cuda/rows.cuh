@@ -78,19 +78,23 @@ __device__ inline int64_t lead_of(const T* row) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
 }
 
-// Writes this thread's share of a span of a row whose lead_of is `lead`.
-template <int threads = block_threads, class T>
-__device__ inline void store_share(T* row, int64_t columns, int64_t span, const float (&value)[share_size], int64_t lead) {
+// Writes this thread's share of a span of a row whose lead_of is `lead`, whole vectors by store(address, vector).
+template <int threads = block_threads, class T, class Store>
+__device__ inline void store_share(T* row, int64_t columns, int64_t span, const float (&value)[share_size], int64_t lead, const Store& store) {
   constexpr int w = width_of<T>;
   for_each_vector<T, threads>(span, lead, [&](int v, int64_t c) {
     if (c >= 0 && c + w <= columns) {
-      store_aligned(row + c, pack(T{}, value + v * w));
+      store(row + c, pack(T{}, value + v * w));
     } else {
 #pragma unroll
       for (int i = 0; i < w; ++i)
         if (c + i >= 0 && c + i < columns) row[c + i] = narrowed<T>(value[v * w + i]);
     }
   });
+}
+template <int threads = block_threads, class T>
+__device__ inline void store_share(T* row, int64_t columns, int64_t span, const float (&value)[share_size], int64_t lead) {
+  store_share<threads>(row, columns, span, value, lead, [](T* address, uint4 vector) { store_aligned(address, vector); });
 }
 
 }  // namespace

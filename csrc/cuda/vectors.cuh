@@ -99,6 +99,14 @@ __device__ inline uint4 cut_out(uint4 low, uint4 high, uint32_t skip) {
   return {across(w0, w1), across(w1, w2), across(w2, w3), across(w3, w4)};
 }
 
+// The same where 4·word + bits / 8 bytes are skipped.
+template <int word>
+__device__ inline uint4 cut_out(uint4 low, uint4 high, uint32_t bits) {
+  const uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  const auto across = [&](int i) { return static_cast<uint32_t>((static_cast<uint64_t>(w[i + 1]) << 32 | w[i]) >> bits); };
+  return {across(word), across(word + 1), across(word + 2), across(word + 3)};
+}
+
 // Sixteen bytes at an aligned address.
 template <class T>
 __device__ inline uint4 load_aligned(const T* address) {
@@ -118,19 +126,52 @@ __device__ inline void store_aligned(T* address, uint4 vector) {
   *reinterpret_cast<uint4*>(address) = vector;
 }
 
-// Copies sixteen bytes to shared memory, both aligned, while the thread goes on. end_group closes a group of a thread's copies.
+// What the second-level cache should do with a line: keep it as long as any, or give it up first, since nobody comes back for it.
+__device__ inline uint64_t cache_policy([[maybe_unused]] bool passes) {
+  uint64_t policy = 0;
+#if defined(__CUDA_ARCH__)
+  if (passes) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  else asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
 template <class T>
-__device__ inline void copy_behind(T* to_shared, const T* from) {
+__device__ inline void store_aligned(T* address, uint4 vector, [[maybe_unused]] uint64_t policy) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "r"(vector.x), "r"(vector.y), "r"(vector.z),
+               "r"(vector.w), "l"(policy)
+               : "memory");
+#else
+  store_aligned(address, vector);
+#endif
+}
+
+// Asks for the 32 bytes around an address to be brought into the second-level cache.
+template <class T>
+__device__ inline void fetch_to_cache([[maybe_unused]] const T* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// Copies sixteen bytes to shared memory, both aligned, while the thread goes on. end_group closes a group of a thread's copies.
+// The tests' executor copies at the wait, and has poison there until then.
+template <class T>
+__device__ inline void copy_behind(T* to_shared, const T* from, [[maybe_unused]] uint64_t policy) {
 #if defined(__CUDA_ARCH__)
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-#else
-  store_aligned(to_shared, load_aligned(from));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "l"(policy) : "memory");
+#elif !defined(__CUDACC__)
+  store_aligned(to_shared, load_aligned(from));  // both are looked at by the sanitizers
+  host::copy_behind(to_shared, from);
 #endif
 }
 __device__ inline void end_group() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  host::end_group();
 #endif
 }
 
@@ -147,6 +188,8 @@ __device__ inline void wait_for_groups(int64_t on_the_way) {
     case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
     default: asm volatile("cp.async.wait_group 7;" ::: "memory");
   }
+#elif !defined(__CUDACC__)
+  host::wait_for_groups(on_the_way < 7 ? static_cast<int>(on_the_way) : 7);
 #endif
 }
 

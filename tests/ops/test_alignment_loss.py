@@ -81,6 +81,44 @@ def test_agrees_on_many_rows(device, dtype):
     agree(dtype, *problem(dtype, 260, 8192 + 9, device=device))
 
 
+# Rows that a block of the emulated device keeps in shared memory whole, and in part: half precision in blocks of 256 threads and
+# of 512, single precision, less than a vector.
+@pytest.mark.parametrize(
+    ("dtype", "vocab", "shared"),
+    [
+        (torch.bfloat16, 301, 227),
+        (torch.bfloat16, 2 * 8192 + 1, 227),
+        (torch.bfloat16, 2 * 8192 + 9, 60),
+        (torch.float16, 2 * 16384 + 13, 60),
+        (torch.float32, 16384 + 3627, 100),
+        (torch.float32, 3, 227),
+    ],
+)
+def test_many_rows_have_the_bits_of_few(device, monkeypatch, dtype, vocab, shared):
+    """Rows that follow each other in a block at every alignment, some of them ignored, NaN or infinite, against two halves
+    of them, which CUDA splits: in place, apart at the same alignments, and apart at others."""
+    monkeypatch.setenv("MEMDEC_EXECUTOR_SHARED", str(shared))
+    logits, labels, teacher = problem(dtype, 260, vocab, device=device)
+    logits[9], logits[20, 2], logits[100] = torch.nan, torch.inf, -torch.inf
+    labels[::7] = -100
+    labels[60:85] = -100
+    halves = [
+        loss_and_grad(ops.alignment_loss, logits[rows], labels[rows], teacher.select(rows), reduction="none")
+        for rows in (torch.arange(130, device=device), torch.arange(130, 260, device=device))
+    ]
+    wanted = [torch.cat(pair) for pair in zip(*([*loss, grad] for loss, grad in halves), strict=True)]
+    padded = torch.full((260, vocab + 21), 7.0, dtype=dtype, device=device)
+    padded[:, 3 : 3 + vocab] = logits
+    for rows in (logits, padded[:, 3 : 3 + vocab]):
+        for in_place in (False, True):
+            leaf = rows.detach().requires_grad_()
+            loss = ops.alignment_loss(leaf, labels, teacher, reduction="none", grad_in_place=in_place)
+            loss.total.sum().backward()
+            for mine, one in zip([*loss, leaf.grad], wanted, strict=True):
+                torch.testing.assert_close(mine, one, rtol=0, atol=0, equal_nan=True)
+    assert (padded[:, :3] == 7).all() and (padded[:, 3 + vocab :] == 7).all()
+
+
 @pytest.mark.parametrize("vocab", [50257, 151936, 262144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_agrees_on_real_vocabularies(device, dtype, vocab):

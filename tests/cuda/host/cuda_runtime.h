@@ -3,10 +3,12 @@
 // executor.cpp runs the kernels: the threads of a block are fibers, and a barrier, a shuffle or a vote is where one fiber
 // waits for others. What runs between two of these runs alone, so a race shows as a result that depends on the order of the
 // fibers: MEMDEC_EXECUTOR_ORDER is forward, reverse, or a number that seeds a random order; blocks follow the same order.
+// MEMDEC_EXECUTOR_SHARED, in KB, is the shared memory that the device says to have.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <functional>
@@ -37,7 +39,8 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrL2CacheSize ? 1 << 20 : 227 << 10;
+  const char* const shared = getenv("MEMDEC_EXECUTOR_SHARED");
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrL2CacheSize ? 1 << 20 : (shared ? atoi(shared) : 227) << 10;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -79,6 +82,11 @@ class Shared {
   void* data_ = nullptr;
 };
 void* dynamic_shared();
+
+// Copies of sixteen bytes that are made as late as can be, when the thread waits for their group; until then 0xff lies there.
+void copy_behind(void* to, const void* from);
+void end_group();
+void wait_for_groups(int on_the_way);
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, Where where) {

@@ -3,6 +3,7 @@
 // A fiber is a stack of its own and a stack pointer. A warp runs as far as it can, to a barrier of the block or its end, before
 // the next one starts: the most that one warp can be ahead of another, so what a barrier should have kept apart meets. When none
 // can run, either all stand at one barrier, which then opens, or the kernel is wrong, and the report says who waits where.
+// A copy to shared memory in the background is made when its thread waits for it, no sooner; whoever reads it before reads poison.
 // Errors leave the fibers where they are. Addresses and undefined behaviour are the sanitizers' business.
 #include "cuda_runtime.h"
 
@@ -12,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -65,6 +67,7 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t value = 0;
   int source = 0;
+  std::deque<std::vector<std::pair<void*, const void*>>> copies;  // groups of (to, from), the last one open
 };
 
 struct Executor {
@@ -125,6 +128,7 @@ void prepare_fiber(Fiber& fiber) {
   *top = reinterpret_cast<void*>(&run_fiber);  // what memdec_switch returns to, below six registers
   fiber.pointer = top - 6;
   fiber.state = Fiber::ready;
+  fiber.copies.assign(1, {});
 }
 
 // Who waits where, for a block in which nobody can go on.
@@ -238,6 +242,19 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, Where where) {
     other.state = Fiber::ready;
   }
   return me.value;
+}
+
+void copy_behind(void* to, const void* from) {
+  memset(to, 0xff, 16);
+  executor.fibers[executor.current].copies.back().emplace_back(to, from);
+}
+
+void end_group() { executor.fibers[executor.current].copies.emplace_back(); }
+
+void wait_for_groups(int on_the_way) {
+  auto& copies = executor.fibers[executor.current].copies;
+  for (; copies.size() > static_cast<size_t>(on_the_way) + 1; copies.pop_front())
+    for (const auto& [to, from] : copies.front()) memcpy(to, from, 16);
 }
 
 void* Shared::of_this_block() {
