@@ -9,7 +9,7 @@ namespace {
 
 // A block a span.
 template <class T>
-__global__ void __launch_bounds__(block_threads) write_log_probs(Interpolate op, const LogProb* log_probs) {
+__global__ void __launch_bounds__(block_threads, 1) write_log_probs(Interpolate op, const LogProb* log_probs) {
   wait_for_kernel_before();
   const int64_t columns = op.mixture.base.columns, spans = spans_written(columns), r = blockIdx.x / spans, span = blockIdx.x % spans;
   float* const out = static_cast<float*>(op.log_probs) + r * columns;

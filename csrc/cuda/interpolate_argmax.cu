@@ -63,7 +63,7 @@ constexpr int few_rows = 64, many_warps = 16, few_warps = 4;
 
 // A block a row.
 template <class T, int row_threads>
-__global__ void __launch_bounds__(row_threads) argmax_of_rows(InterpolateArgmax op, const Noted* noted) {
+__global__ void __launch_bounds__(row_threads, 1) argmax_of_rows(InterpolateArgmax op, const Noted* noted) {
   wait_for_kernel_before();
   const Mixture& mixture = op.mixture;
   const int64_t r = blockIdx.x, columns = mixture.base.columns, spans = spans_of(columns);
