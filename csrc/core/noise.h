@@ -7,8 +7,13 @@ namespace memdec {
 namespace {
 
 // Separate streams of one (seed, offset): the second half of the counter's low word. A draft is drawn as interpolate_sample
-// draws, with noise_stream; what verify_draft draws beside it, acceptance and next token, has streams of its own.
-enum Stream : uint32_t { noise_stream = 0, coin_stream = 1, acceptance_stream = 2, residual_stream = 3 };
+// draws, with noise_stream and block_stream; what verify_draft draws beside it, acceptance and next token, has streams of its own.
+enum Stream : uint32_t { noise_stream = 0, coin_stream = 1, acceptance_stream = 2, residual_stream = 3, block_stream = 4 };
+
+// A draw from a whole vocabulary takes two steps. Of its blocks of this many tokens one is drawn, block s by its log Σ exp(score)
+// and draw s of block_stream; then a token of that block, by scores and noise_stream. P(block) · P(token | block) is P(token): the
+// same law for an exponential a token, where one step takes a random number and two logarithms.
+constexpr int64_t draw_columns = 4096;
 
 // Where one seed serves all rows, row r draws with seed + r · golden, 2⁶⁴/φ.
 constexpr uint64_t golden = 0x9E3779B97F4A7C15u;

@@ -6,7 +6,7 @@
 namespace memdec {
 namespace {
 
-// Σ exp(z) = sum · exp(max). The pair is never folded into one logsumexp: near 1e4 a float32 has lost the digits.
+// Σ exp(z) = sum · exp(max). The pair is never folded into one float32 logsumexp: near 1e4 that has lost the digits.
 //   nothing seen, or only −inf    max = −inf, sum = 0
 //   NaN or +inf seen              sum = NaN, whatever max
 // log p(v) = (z_v − max) − log(sum): NaN for both of the cases above, −inf for a masked v in a row with anything unmasked.
@@ -17,6 +17,7 @@ struct Softmax {
 
   MEMDEC_HD A log_prob(A z) const { return (z - max) - logarithm(sum); }
   MEMDEC_HD A prob(A z) const { return exponential(z - max) / sum; }
+  MEMDEC_HD double logsumexp() const { return static_cast<double>(max) + logarithm(static_cast<double>(sum)); }
 };
 
 // Merging in a fixed order gives the same bits whoever computed the parts.

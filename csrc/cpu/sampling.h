@@ -1,4 +1,5 @@
-// What the sampling ops share: a token drawn by Gumbel-max from a row of scores, and what transformers' warpers keep of one.
+// What the sampling ops share: a token drawn by Gumbel-max from a row of scores, in one step or in two (core/noise.h), and what
+// transformers' warpers keep of a row.
 #pragma once
 
 #include "cpu/mixture.h"
@@ -6,6 +7,7 @@
 
 namespace memdec::MEMDEC_LEVEL {
 
+static_assert(block_columns == draw_columns, "the states of a row's blocks are what one of them is drawn by");
 
 // What is done to log-probs before a draw, as transformers defines it and in its order.
 struct Warpers {
@@ -91,7 +93,7 @@ inline void take_best(const T* z, int64_t n, int64_t begin, accumulator_t<T> top
 
 // The draw from a whole row; −1 where there is a NaN, a +inf or nothing but −inf.
 template <class T>
-inline int64_t draw_row(const T* z, int64_t columns, uint64_t seed, uint64_t offset, Stream stream = noise_stream) {
+inline int64_t draw_row(const T* z, int64_t columns, uint64_t seed, uint64_t offset, Stream stream) {
   const auto top = largest(z, columns);
   Best<accumulator_t<T>> best;
   if (is_finite(top)) take_best(z, columns, 0, top, seed, offset, best, stream);
@@ -287,10 +289,10 @@ inline int64_t draw_warped(const A* scores, int64_t columns, uint64_t seed, uint
   return best.token;
 }
 
-// Draws each row's token from softmax(z(r)), z(r) a pointer to its scores.
+// Draws each row's token from softmax(z(r)) in one step, z(r) a pointer to its scores.
 template <class T, class Z, class Seed, class Offset>
 inline void draw_rows(const Rows& rows, int threads, int64_t* tokens, const Z& z, const Seed& seed, const Offset& offset,
-                      Stream stream = noise_stream) {
+                      Stream stream) {
   using A = accumulator_t<T>;
   const int64_t columns = rows.columns, blocks = blocks_of(columns);
   if (!rows_are_few(rows, threads)) {
@@ -315,6 +317,64 @@ inline void draw_rows(const Rows& rows, int threads, int64_t* tokens, const Z& z
       if (bests[r * blocks + b].score > winner.score) winner = bests[r * blocks + b];
     tokens[r] = winner.token;
   }
+}
+
+// The first step of a draw in two: the block, of all of a row's by their states; −1 where there is a NaN, a +inf or nothing but −inf.
+template <class A>
+inline int64_t draw_block(const Softmax<A>* states, int64_t blocks, uint64_t seed, uint64_t offset) {
+  Best<double> best;
+  Random4 four{};
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (!(states[b].sum >= 0)) return -1;
+    if (b % 4 == 0) four = draws_of(seed, offset, block_stream, static_cast<uint32_t>(b / 4));
+    const double score = states[b].logsumexp() + gumbel_of<double>(four.word[b % 4]);
+    if (score > best.score) best = {score, b};
+  }
+  return best.token;
+}
+
+// A row's scores by the block: block(begin, end, buffer) points to those of tokens begin … end − 1, in the buffer or elsewhere.
+template <class T, class Block>
+inline Softmax<accumulator_t<T>> softmax_of_scores(const Block& block, int64_t begin, int64_t end) {
+  T buffer[block_columns];
+  return softmax_of_block(block(begin, end, buffer), end - begin);
+}
+
+// Both steps, from the states of a row's blocks.
+template <class T, class Block>
+inline int64_t draw_in_two(const Block& block, int64_t columns, const Softmax<accumulator_t<T>>* states, uint64_t seed, uint64_t offset) {
+  const int64_t drawn = draw_block(states, blocks_of(columns), seed, offset);
+  if (drawn < 0) return -1;
+  T buffer[block_columns];
+  const int64_t begin = drawn * block_columns, end = smaller(begin + block_columns, columns);
+  Best<accumulator_t<T>> best;
+  take_best(block(begin, end, buffer), end - begin, begin, states[drawn].max, seed, offset, best, noise_stream);
+  return best.token;
+}
+
+template <class T, class Block>
+inline int64_t draw_in_two(const Block& block, int64_t columns, uint64_t seed, uint64_t offset) {
+  const Scratch<Softmax<accumulator_t<T>>> states(blocks_of(columns));
+  for (int64_t begin = 0; begin < columns; begin += block_columns)
+    states[begin / block_columns] = softmax_of_scores<T>(block, begin, smaller(begin + block_columns, columns));
+  return draw_in_two<T>(block, columns, states.data, seed, offset);
+}
+
+// Draws each row's token in two steps, blocks_in(r) what gives its scores by the block.
+template <class T, class Row, class Seed, class Offset>
+inline void draw_rows_in_two(const Rows& rows, int threads, int64_t* tokens, const Row& blocks_in, const Seed& seed, const Offset& offset) {
+  const int64_t columns = rows.columns, blocks = blocks_of(columns);
+  if (!rows_are_few(rows, threads)) {
+    for_each_row(rows, threads, [&](int64_t r) { tokens[r] = draw_in_two<T>(blocks_in(r), columns, seed(r), offset(r)); });
+    return;
+  }
+  const Scratch<Softmax<accumulator_t<T>>> states(rows.count * blocks);
+  for_each_block(rows, threads, [&](int64_t r, int64_t begin, int64_t end) {
+    states[r * blocks + begin / block_columns] = softmax_of_scores<T>(blocks_in(r), begin, end);
+  });
+  for_each_row(rows, threads, [&](int64_t r) {
+    tokens[r] = draw_in_two<T>(blocks_in(r), columns, states.data + r * blocks, seed(r), offset(r));
+  });
 }
 
 }  // namespace memdec::MEMDEC_LEVEL

@@ -5,8 +5,8 @@
 //   where all were accepted draw one more token from p.
 // What is accepted plus the token drawn has the law of p. (p − q)₊ without mass, to rounding, means p = q there: draw from p.
 //
-// The token after the last draft is drawn from p as if it were drafted and verified: x from q, with the noise that a draft of
-// this position has; x if it stands, else from (p − q)₊. So every token is a function of what stands before it, seed and
+// The token after the last draft is drawn from p as if it were drafted and verified: x from q, as interpolate_sample draws a draft
+// of this position; x if it stands, else from (p − q)₊. So every token is a function of what stands before it, seed and
 // offset: a text does not depend on how many tokens were drafted at a time.
 //
 // Without warpers q = p_mem and p = α·p_mem + (1−α)·p_base, which has structure:
@@ -59,11 +59,20 @@ struct Position {
       log_probs_of_block(base + begin, memory + begin, end - begin, mixed, out + begin, temperature);
     });
   }
+  // What interpolate_sample draws from these scores.
   template <class Z>
-  int64_t draw(const Z* scores, Stream stream) const {
+  int64_t draft(const Z* scores) const {
     int64_t token = -1;
-    draw_rows<Z>(row, threads, &token, [&](int64_t) { return scores; }, [&](int64_t) { return seed; }, [&](int64_t) { return offset; },
-                 stream);
+    const auto blocks = [=](int64_t begin, int64_t, Z*) { return scores + begin; };
+    draw_rows_in_two<Z>(row, threads, &token, [&](int64_t) { return blocks; }, [&](int64_t) { return seed; },
+                        [&](int64_t) { return offset; });
+    return token;
+  }
+  // What a fallen draft is replaced with.
+  int64_t replacement(const A* scores) const {
+    int64_t token = -1;
+    draw_rows<A>(row, threads, &token, [&](int64_t) { return scores; }, [&](int64_t) { return seed; }, [&](int64_t) { return offset; },
+                 residual_stream);
     return token;
   }
 
@@ -124,7 +133,7 @@ inline Verdict verify_plain(const VerifyDraft& op, int64_t text, int64_t length,
     const bool is_last = i == length;
     const double u = uniform(draw_of(at.seed, at.offset, acceptance_stream, 0));
     if (u < at.alpha) {
-      if (is_last) return {i, at.draw(at.memory, noise_stream)};
+      if (is_last) return {i, at.draft(at.memory)};
       continue;
     }
     // From here on α < 1. At α = 0 the memory's row may be anything; it has drafted nothing then.
@@ -132,7 +141,7 @@ inline Verdict verify_plain(const VerifyDraft& op, int64_t text, int64_t length,
     if (mixed.broken()) return {i, -1};
     const bool has_draft = mixed.memory.sum > 0;
     if (has_draft) {
-      const int64_t x = is_last ? at.draw(at.memory, noise_stream) : op.draft_ids[text * op.drafted + i];
+      const int64_t x = is_last ? at.draft(at.memory) : op.draft_ids[text * op.drafted + i];
       const double ratio = ::exp(static_cast<double>(mixed.base.log_prob(to_float(at.base[x]))) -
                                  static_cast<double>(mixed.memory.log_prob(to_float(at.memory[x]))));
       if (u < at.alpha + (1 - at.alpha) * ratio) {
@@ -145,10 +154,10 @@ inline Verdict verify_plain(const VerifyDraft& op, int64_t text, int64_t length,
     if (has_draft) {
       at.write({.base = mixed.base, .memory = {}, .alpha = 0}, 1, target);
       at.write({.base = {}, .memory = mixed.memory, .alpha = 1}, 1, target + at.row.columns);
-      if (at.subtract(target, target + at.row.columns) > no_mass<A>) return {i, at.draw(target, residual_stream)};
+      if (at.subtract(target, target + at.row.columns) > no_mass<A>) return {i, at.replacement(target)};
     }
     at.write(mixed, 1, target);
-    return {i, at.draw(target, residual_stream)};
+    return {i, at.replacement(target)};
   }
 }
 
@@ -168,8 +177,7 @@ inline Verdict verify_warped(const VerifyDraft& op, const Warpers& warpers, int6
     at.write(mixed, warpers.temperature, target);
     at.write(own, warpers.temperature, draft);
     int64_t x = is_last ? -1 : op.draft_ids[text * op.drafted + i];
-    if (is_last)
-      x = warpers.cut() ? draw_warped(draft, columns, at.seed, at.offset, warpers) : at.draw(draft, noise_stream);
+    if (is_last) x = warpers.cut() ? draw_warped(draft, columns, at.seed, at.offset, warpers) : at.draft(draft);
     bool drawable[2] = {};
     parallel(2, 1, at.threads, [&](int64_t first, int64_t last) {
       for (int64_t side = first; side < last; ++side)
@@ -183,9 +191,9 @@ inline Verdict verify_warped(const VerifyDraft& op, const Warpers& warpers, int6
       }
       const Scratch<A> rest(columns);
       __builtin_memcpy(rest.data, target, sizeof(A) * static_cast<size_t>(columns));
-      if (at.subtract(rest.data, draft) > no_mass<A>) return {i, at.draw(rest.data, residual_stream)};
+      if (at.subtract(rest.data, draft) > no_mass<A>) return {i, at.replacement(rest.data)};
     }
-    return {i, at.draw(target, residual_stream)};
+    return {i, at.replacement(target)};
   }
 }
 

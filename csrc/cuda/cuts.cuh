@@ -227,8 +227,8 @@ __device__ inline Border border_at(int64_t count, uint32_t lowest, uint32_t high
 // ---------------------------------------------------------------------------------------------------------------- kernels
 
 // The block's span of a row of scores; clears what the next kernels add to. `scores` is the row's.
-template <class T>
-__device__ inline void write_scores(const Mixture& mixture, int64_t r, int64_t span, const MixtureRow& row, float sharpness,
+template <class T, class Row>
+__device__ inline void write_scores(const Mixture& mixture, int64_t r, int64_t span, const Row& row, float sharpness,
                                     const Scores& scores) {
   float value[share_size], top = -INFINITY;
   scores_of_share<T>(mixture, r, span, row, sharpness, value);

@@ -1,4 +1,4 @@
-// What the sampling ops share: the key and the counter of a row, and Gumbel-max over a span of it.
+// What the sampling ops share: the key and the counter of a row, and Gumbel-max over a span of it and over a row's spans.
 #pragma once
 
 #include "core/noise.h"
@@ -123,8 +123,8 @@ __device__ inline Winner winner_of_span(const float (&value)[share_size], int64_
 }
 
 // The same for a span of row r of the mixture, over the temperature; value: this thread's scores.
-template <class T>
-__device__ inline Winner winner_of_scores(const Mixture& mixture, int64_t r, int64_t span, const MixtureRow& row, float sharpness,
+template <class T, class Row>
+__device__ inline Winner winner_of_scores(const Mixture& mixture, int64_t r, int64_t span, const Row& row, float sharpness,
                                           const float (&value)[share_size], uint64_t seed, uint64_t offset) {
   const LogProb log_prob(row);
   return winner_of_span<T>(value, mixture.base.columns, span, seed, offset, noise_stream, [&](int64_t column) {
@@ -132,9 +132,48 @@ __device__ inline Winner winner_of_scores(const Mixture& mixture, int64_t r, int
   });
 }
 
+// -------------------------------------------------------------------------------------------------- Gumbel-max over the spans
+
+static_assert(span_columns == draw_columns, "the states of a row's spans are what one of them is drawn by");
+
+// The noise that a warp draws a span of a row by, the first step of a draw in two: that of span number i is its lane i mod 32's. What
+// `early` spans of each lane want is found when this is made, which can be before there are states.
+struct SpanNoise {
+  static constexpr int early = 2;  // 64 spans are 262144 tokens
+  uint64_t seed, offset;
+  double noise[early];
+
+  __device__ SpanNoise(uint64_t of_seed, uint64_t at_offset) : seed(of_seed), offset(at_offset) {
+#pragma unroll
+    for (int i = 0; i < early; ++i) noise[i] = of_span(lane_of_thread() + i * warp_size);
+  }
+  __device__ double of_span(int64_t span) const {
+    return gumbel_of<double>(draw_of(seed, offset, block_stream, static_cast<uint32_t>(span)));
+  }
+
+  // The span of largest log Σ exp(score) + noise, state(span) being the softmax state of one's scores; −1 where there is a NaN, a
+  // +inf or nothing but −inf. Every lane must call it, and knows the result.
+  template <class F>
+  __device__ int64_t drawn(int64_t spans, const F& state) const {
+    Winner best;
+    const auto consider = [&](int64_t span, Softmax<float> of, double noise_of) {
+      const Winner here{of.logsumexp() + noise_of, static_cast<int32_t>(span)};
+      best = Winner::merge(best, of.sum >= 0 ? here : Winner::broken());
+    };
+    Softmax<float> first[early];  // all loads are under way before the first is used
+#pragma unroll
+    for (int i = 0; i < early; ++i)
+      if (const int64_t span = lane_of_thread() + i * warp_size; span < spans) first[i] = state(span);
+#pragma unroll
+    for (int i = 0; i < early; ++i) consider(lane_of_thread() + i * warp_size, first[i], noise[i]);
+    for (int64_t span = lane_of_thread() + early * warp_size; span < spans; span += warp_size) consider(span, state(span), of_span(span));
+    return reduce_warp(best, Winner::merge).token;
+  }
+};
+
 // This thread's scores of a span of row r.
-template <class T>
-__device__ inline void scores_of_share(const Mixture& mixture, int64_t r, int64_t span, const MixtureRow& row, float sharpness,
+template <class T, class Row>
+__device__ inline void scores_of_share(const Mixture& mixture, int64_t r, int64_t span, const Row& row, float sharpness,
                                        float (&value)[share_size]) {
   log_probs_of_share<T>(mixture, r, span, row, 0, value);
 #pragma unroll

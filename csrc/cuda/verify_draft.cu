@@ -14,7 +14,8 @@
 // does not (or the last) ends the round, and only what replaces a fallen draft is computed after that, over the spans of that
 // position alone. Rows, for B texts: (B, γ+1, V) of each model; position i of text b is row b·(γ+1) + i.
 //
-//   measure    a block a span of a row that counts: its softmax state; the token after the last draft, as the memory drafts it
+//   measure    a block a span of a row that counts: its softmax state; of the token after the last draft, which the memory drafts as
+//              interpolate_sample draws, what it is if it is drawn from this span
 //   scale      temperature only: the states of both sides' scores log p / T
 //   score, bin, weigh, cut   with cuts: scores of both sides are written, and what the warpers keep of each is found
 //   settle     a block a text: where its round ends, with what
@@ -96,7 +97,7 @@ struct Scratch {
   Softmax<float>* scaled = nullptr;  // (B·(γ+1), spans, sides) temperature only
   Measured* measured = nullptr;      // (B·(γ+1), sides) cuts
   Scores scores{};                   // cuts
-  Winner* following = nullptr;       // (B, spans) the token after the last draft, as the memory drafts it
+  Winner* following = nullptr;       // (B, spans) the token after the last draft, as the memory drafts it: of each span
   Ending* endings = nullptr;         // (B,)
   Winner* winners = nullptr;         // (B, spans) of what replaces a fallen draft
   double* masses = nullptr;          // (B, spans) of the residual
@@ -162,10 +163,8 @@ __global__ void __launch_bounds__(block_threads) measure(VerifyDraft op, Scratch
   const T* const z = row_of<const T>(rows_of(op.mixture, static_cast<int>(c)), r);
   float value[share_size];
   load_share(z, columns, span, value);
-  if (is_measured) {
-    const Softmax<float> state = softmax_of_block(value);
-    if (threadIdx.x == 0) scratch.states[blockIdx.x] = state;
-  }
+  const Softmax<float> state = softmax_of_block(value);
+  if (threadIdx.x == 0) scratch.states[blockIdx.x] = state;
   if (follows) {
     const Winner winner = winner_of_span<T>(value, columns, span, at.seed, at.offset, noise_stream,
                                             [&](int64_t column) { return widened(z[column]); });
@@ -255,10 +254,16 @@ __device__ inline Ending verdict(const VerifyDraft& op, const Scratch& scratch, 
   if (tossed && !at.is_last()) return stands;
   const auto token = [&] {
     if (!at.is_last()) return static_cast<int32_t>(at.drafted);
-    Winner best;
-    for (int64_t span = lane_of_thread(); span < spans; span += warp_size)
-      best = Winner::merge(best, scratch.following[at.text * spans + span]);
-    return reduce_warp(best, Winner::merge).token;
+    if (has_cuts(op)) {
+      Winner best;
+      for (int64_t span = lane_of_thread(); span < spans; span += warp_size)
+        best = Winner::merge(best, scratch.following[at.text * spans + span]);
+      return reduce_warp(best, Winner::merge).token;
+    }
+    const int64_t span = SpanNoise(at.seed, at.offset).drawn(spans, [&](int64_t i) {
+      return plain ? scratch.states[state_at(spans, r, i, memory)] : scratch.scaled[(r * spans + i) * sides + draft];
+    });
+    return span < 0 ? -1 : scratch.following[at.text * spans + span].token;
   };
   const auto accepted = [&](int32_t x) { return at.is_last() ? Ending{.position = at.i, .token = x} : stands; };
   if (tossed) return accepted(token());

@@ -51,6 +51,57 @@ def test_the_reference_s_tokens(simd, device, dtype, rows, vocab, settings):
     assert int((got != wanted).sum()) <= (0 if dtype == torch.float64 else 1)
 
 
+BLOCK = reference.DRAW_COLUMNS
+HEAVY = [0.0, -2.5, 1.0, -math.inf, -7.0]  # added to all logits of a block of the vocabulary
+in_two_steps = pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}], ids=["coin", "temperature"])
+
+
+def pair_of_unequal_blocks(rows, vocab, dtype, device="cpu"):
+    """Logits whose blocks have very unequal masses, each fourth of five none at all."""
+    heavy = torch.tensor(HEAVY)[torch.arange(vocab) // BLOCK % len(HEAVY)]
+    return tuple((x + heavy).to(device, dtype) for x in pair(rows, vocab, torch.float64, seed=vocab, scale=2.0))
+
+
+@in_two_steps
+@pytest.mark.parametrize("vocab", [BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1, 3 * BLOCK, 5 * BLOCK + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_reference_s_tokens_across_blocks(simd, device, dtype, vocab, settings):
+    """Blocks that end with the vocabulary, before it and behind it; of the float32 tokens one may differ, as above."""
+    base, memory = pair_of_unequal_blocks(24, vocab, dtype, device)
+    arguments = {"seed": 17, "offset": torch.arange(24, device=device), **settings}
+    wanted = reference.interpolate_sample(base.double(), memory.double(), 0.4, **arguments)
+    got = ops.interpolate_sample(base, memory, 0.4, **arguments)
+    assert int((got != wanted).sum()) <= (0 if dtype == torch.float64 else 1)
+    blocks = (got // BLOCK).unique().tolist()
+    assert 3 not in blocks and (vocab < 2 * BLOCK or len(blocks) > 1)
+
+
+@in_two_steps
+def test_more_blocks_than_lanes(device, settings):
+    """90 blocks: on CUDA a lane of a warp has two or three. Two rows each for a part of them, and for all."""
+    parts = torch.tensor([0, 32, 64, 0], device=device), torch.tensor([32, 64, 90, 90], device=device)
+    first, last = (part.repeat(2)[:, None] for part in parts)
+    vocab = 90 * BLOCK - 7
+    base, memory = pair(8, vocab, torch.bfloat16, device=device)
+    block = torch.arange(vocab, device=device) // BLOCK
+    base, memory = (x.masked_fill((block < first) | (block >= last), -math.inf) for x in (base, memory))
+    wanted = reference.interpolate_sample(base.double(), memory.double(), 0.4, seed=3, **settings)
+    got = ops.interpolate_sample(base, memory, 0.4, seed=3, **settings)
+    assert int((got != wanted).sum()) <= 1
+    assert ((got // BLOCK >= first[:, 0]) & (got // BLOCK < last[:, 0])).all()
+
+
+@in_two_steps
+@pytest.mark.parametrize("fill", [math.nan, math.inf])
+def test_a_block_that_is_not_drawn_breaks_its_row(simd, device, fill, settings):
+    """A NaN or a +inf in the last block, of e⁻⁵⁰ of the mass; and rows of nothing but −inf, with a block or without."""
+    logits = pair(4, 2 * BLOCK + 1, torch.float32, device=device)[0]
+    logits[:, -1] = -50
+    logits[1, -1], logits[2], logits[3, :-1] = fill, -math.inf, -math.inf
+    tokens = ops.interpolate_sample(logits, logits, 0.5, seed=1, **settings)
+    assert 0 <= int(tokens[0]) < 2 * BLOCK and tokens[1:].tolist() == [-1, -1, 2 * BLOCK]
+
+
 @warpers
 def test_ties_at_every_border(simd, device, settings):
     """Whole logits, some 6 values: k-th scores, nucleus borders and minima all fall on ties, as in the reference."""
@@ -103,6 +154,29 @@ def test_frequencies(device, settings, varied):
         base.expand(rows, -1), memory.expand(rows, -1), alpha, **streams[varied], **settings
     )
     statistic, limit = chi_square(torch.bincount(tokens, minlength=vocab), probs)
+    assert statistic < limit
+
+
+@many_draws
+@in_two_steps
+def test_frequencies_across_blocks(device, settings):
+    """χ² of 60,000 draws over cells of tokens in each of the blocks; false alarm 10⁻⁶ a case.
+
+    A block's cells are its first and its last token, which have a share of its mass to be seen, and four of its others:
+    of the first block's draws the noise of its first tokens, and that of blocks, comes from draws of one number.
+    """
+    rows, vocab, alpha = 60_000, 4 * BLOCK + 3, 0.35
+    base, memory = pair_of_unequal_blocks(1, vocab, torch.float32, device)
+    token = torch.arange(vocab, device=device)
+    is_first, is_last = token % BLOCK == 0, (token % BLOCK == BLOCK - 1) | (token == vocab - 1)
+    for logits in (base, memory):
+        logits[:, is_first | is_last] += math.log(BLOCK / 2)
+    cell = token // BLOCK * 6 + torch.where(is_first, 4, torch.where(is_last, 5, token % 4))
+    log_p = reference.interpolate(base.double(), memory.double(), alpha)
+    probs = reference.warp(log_p, **settings).softmax(-1)[0]
+    tokens = ops.interpolate_sample(base.expand(rows, -1), memory.expand(rows, -1), alpha, seed=1, **settings)
+    cells = torch.zeros(30, dtype=torch.float64, device=device).index_add_(0, cell, probs)
+    statistic, limit = chi_square(torch.bincount(cell[tokens], minlength=30), cells)
     assert statistic < limit
 
 

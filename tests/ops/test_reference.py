@@ -291,6 +291,50 @@ def test_samples_follow_the_warped_mixture(generator, settings):
     assert statistic < limit
 
 
+def in_two_steps(monkeypatch, columns, vocab=11, rows=40_000):
+    """χ² and its limit, of 40,000 draws with blocks of so many tokens; the masses of blocks of four are 9 : 90 : 1."""
+    monkeypatch.setattr(reference, "DRAW_COLUMNS", columns)
+    probs = torch.tensor([2.5, 2.0, 2.2, 2.3, 60.0, 0.0, 20.0, 10.0, 0.7, 0.0, 0.3], dtype=torch.float64)[:vocab]
+    logits = probs.log()[None].expand(rows, -1)
+    tokens = reference.interpolate_sample(logits, logits, 0.5, seed=321)
+    return chi_square(torch.bincount(tokens, minlength=vocab), probs / probs.sum())
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4, 5, 10, 11, 12])
+def test_a_draw_in_two_steps_has_the_same_law(monkeypatch, columns):
+    """Blocks of a token, of some (a last one that is shorter), of all; false alarm 10⁻⁶ a case."""
+    statistic, limit = in_two_steps(monkeypatch, columns)
+    assert statistic < limit
+
+
+def test_the_two_steps_need_noise_of_two_streams(monkeypatch):
+    """The negative control, by more than ten times the limit: a block drawn by the noise of its own first tokens."""
+    monkeypatch.setattr(reference, "BLOCK_STREAM", reference.NOISE_STREAM)
+    statistic, limit = in_two_steps(monkeypatch, 4)
+    assert statistic > 10 * limit
+
+
+def test_a_block_is_drawn_by_the_whole_of_its_mass(monkeypatch):
+    """The negative control, by more than ten times the limit: a block drawn by its likeliest token."""
+    monkeypatch.setattr(torch.Tensor, "logsumexp", torch.Tensor.amax)
+    statistic, limit = in_two_steps(monkeypatch, 4)
+    assert statistic > 10 * limit
+
+
+def test_the_two_steps_by_hand(monkeypatch):
+    """A row's token from the definition, word for word."""
+    monkeypatch.setattr(reference, "DRAW_COLUMNS", 3)
+    row = torch.tensor([0.3, -1.0, 2.0, 0.1, 0.7, 1.1, -0.5], dtype=torch.float64)
+    for seed in range(50):
+        keys = torch.tensor([seed]), torch.tensor([0])
+        of_block, of_token = (
+            reference.gumbel(reference.draws(*keys, stream, 7)[0], torch.float64).tolist() for stream in (4, 0)
+        )
+        block = max(range(3), key=lambda s: math.log(sum(map(math.exp, row[3 * s : 3 * s + 3]))) + of_block[s])
+        token = max(range(3 * block, min(3 * block + 3, 7)), key=lambda v: float(row[v]) + of_token[v])
+        assert int(reference.interpolate_sample(row[None], row[None], 0.5, seed=seed)) == token
+
+
 def test_batched_draws_are_the_same_as_alone(generator):
     base, memory = (torch.randn(5, 40, generator=generator) for _ in range(2))
     seeds, offsets = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([0, 2**40, 7, 8, -1])

@@ -278,6 +278,20 @@ def test_the_reference_s_tokens(simd, device, dtype, texts, gamma, vocab, settin
 
 
 @warpers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_token_after_the_drafts_is_drawn_as_a_draft_is(simd, device, dtype, settings):
+    """At α = 1 it always stands, and is interpolate_sample's, from a vocabulary of three blocks of very unequal masses."""
+    texts = some(60, on_host=12)
+    base, memory, _ = case(texts, 0, 3 * reference.DRAW_COLUMNS - 1, dtype, device=device)
+    memory[..., : reference.DRAW_COLUMNS] -= 4
+    none = torch.zeros(texts, 0, dtype=torch.int64, device=device)
+    drawing = {"seed": 7, "offset": torch.arange(texts, device=device), **settings}
+    token = ops.verify_draft(base, memory, none, 1.0, **drawing).next_token
+    assert torch.equal(token, ops.interpolate_sample(memory[:, 0], memory[:, 0], 1.0, **drawing))
+    assert (token // reference.DRAW_COLUMNS).unique().numel() > 1
+
+
+@warpers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ties_at_every_border(simd, device, dtype, settings):
     """Whole logits, some 8 values: k-th scores, nucleus borders and minima of both models fall on ties.

@@ -31,6 +31,10 @@ def interpolate_sample(
     the k-th), top_p, min_p. Without any of them a coin of probability α, from a stream of its own, picks one of the two
     models, and only that one's logits are read.
 
+    Without cuts (top_k, top_p, min_p) the draw is in two steps: of the vocabulary's blocks of 4096 tokens the s of
+    largest log P(s) + g(s), P(s) being the block's probability and g(s) from draw s of one more stream; then the v of
+    largest log p(v) + g(v) among its tokens. P(s)·P(v | s) = p(v): the same law, for 4096 random numbers in place of V.
+
     Args:
         base_logits: (…, V) float32, bfloat16, float16 or float64. −inf is a masked token.
         memory_logits: the same shape; a different dtype costs a copy of the narrower one.

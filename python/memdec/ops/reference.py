@@ -195,8 +195,9 @@ def interpolate_sparse(base_logits: Tensor, teacher: SparseDistributions, alpha:
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
-# interpolate_sample, and so the drafts, use the first two; verify_draft the others.
-NOISE_STREAM, COIN_STREAM, ACCEPTANCE_STREAM, RESIDUAL_STREAM = 0, 1, 2, 3
+# interpolate_sample, and so the drafts, use the first two and the last; verify_draft the others.
+NOISE_STREAM, COIN_STREAM, ACCEPTANCE_STREAM, RESIDUAL_STREAM, BLOCK_STREAM = 0, 1, 2, 3, 4
+DRAW_COLUMNS = 4096  # tokens of a block, of which a draw without cuts first draws one
 _GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ: moves the key of one row far from the next one's
 _MASK32 = 0xFFFFFFFF
 
@@ -283,7 +284,8 @@ def interpolate_sample(
 ) -> Tensor:
     """A token drawn from the warped mixture; see :func:`memdec.ops.interpolate_sample`.
 
-    Without warpers: a coin of probability α picks one of the two models, and Gumbel-max draws from that one alone.
+    Without warpers: a coin of probability α picks one of the two models, and the draw is from that one alone. Without
+    cuts the draw is in two steps, a block of the vocabulary and a token of it: see :func:`drawn_in_two`.
     """
     checks.logits_pair(base_logits, memory_logits)
     checks.positive("temperature", temperature)
@@ -306,10 +308,29 @@ def interpolate_sample(
     else:
         log_p = interpolate(base_logits, memory_logits, alpha).reshape(num_rows, vocab_size)
         scores = warp(log_p, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if top_k == 0 and top_p == 1 and min_p == 0:
+        return drawn_in_two(scores, seeds, offsets).reshape(shape)
     noise = gumbel(draws(seeds, offsets, NOISE_STREAM, vocab_size), scores.dtype)
+    return torch.where(scores.isnan().any(-1), -1, (scores + noise).argmax(-1)).reshape(shape)
+
+
+def drawn_in_two(scores: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
+    """Tokens (N,) drawn from softmax(scores), scores (N, V), in two steps; −1 where a score is NaN.
+
+    First a block of DRAW_COLUMNS tokens: the s of largest log Σ exp(scores of block s) + g(s), in float64. Then, of its
+    tokens, the v of largest score(v) + g(v). By Gumbel-max the steps have the probabilities P(s) and P(v | s), whose
+    product is P(v), as the two g are of different streams.
+    """
+    rows, vocab_size = scores.shape
     # NaN also where all are −inf (nothing can be drawn) or one is +inf (its softmax is NaN).
     broken = scores.isnan().any(-1)
-    return torch.where(broken, -1, (scores + noise).argmax(-1)).reshape(shape)
+    blocks = (vocab_size + DRAW_COLUMNS - 1) // DRAW_COLUMNS
+    padding = (0, blocks * DRAW_COLUMNS - vocab_size)
+    masses = torch.nn.functional.pad(scores.double(), padding, value=-math.inf).reshape(rows, blocks, -1).logsumexp(-1)
+    block = (masses + gumbel(draws(seeds, offsets, BLOCK_STREAM, blocks), torch.float64)).argmax(-1)
+    others = torch.arange(vocab_size, device=scores.device) // DRAW_COLUMNS != block[:, None]
+    noise = gumbel(draws(seeds, offsets, NOISE_STREAM, vocab_size), scores.dtype)
+    return torch.where(broken, -1, (scores + noise).masked_fill(others, -math.inf).argmax(-1))
 
 
 # ---------------------------------------------------------------------------------------------------------- speculation
@@ -395,7 +416,8 @@ def verify_draft(
     if texts and (int(lengths.min()) < 0 or int(lengths.max()) > drafted):
         raise ValueError(f"draft_lengths: got {int(lengths.min())} to {int(lengths.max())}, wanted 0 to {drafted}")
     a = _alpha(alpha, base_logits, torch.float64).expand(*base_logits.shape[:-1], 1)[..., 0]
-    plain = temperature == 1 and top_k == 0 and top_p == 1 and min_p == 0
+    cut = top_k > 0 or top_p < 1 or min_p > 0
+    plain = temperature == 1 and not cut
     law = draft_law(base_logits, memory_logits, alpha, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     coins = acceptance_coins(seeds, offsets, drafted + 1)
     accepted, following = [0] * texts, [-1] * texts
@@ -410,7 +432,7 @@ def verify_draft(
                 stands = i < length and following[b] == int(draft_ids[b, i])
             else:
                 # The token after the drafts is drafted and verified as they are.
-                x = int(draft_ids[b, i]) if i < length else _drawn(law.draft[b, i], key, counter, NOISE_STREAM)
+                x = int(draft_ids[b, i]) if i < length else _drafted(law.draft[b, i], key, counter, cut=cut)
                 if plain and u < float(a[b, i]):
                     stands = True
                 else:
@@ -430,6 +452,13 @@ def acceptance_coins(seeds: Tensor, offsets: Tensor, count: int) -> Tensor:
     places = offsets[:, None] + torch.arange(count, device=offsets.device)
     found = draws(seeds[:, None].expand_as(places).reshape(-1), places.reshape(-1), ACCEPTANCE_STREAM, 1)
     return ((found.double() + 0.5) * 2.0**-32).reshape(places.shape)
+
+
+def _drafted(probs: Tensor, seed: Tensor, offset: Tensor, *, cut: bool) -> int:
+    """As interpolate_sample draws; −1 for NaN."""
+    if cut:
+        return _drawn(probs, seed, offset, NOISE_STREAM)
+    return int(drawn_in_two(probs.log()[None], seed, offset))
 
 
 def _drawn(probs: Tensor, seed: Tensor, offset: Tensor, stream: int) -> int:
