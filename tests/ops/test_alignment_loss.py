@@ -81,8 +81,8 @@ def test_agrees_on_many_rows(device, dtype):
     agree(dtype, *problem(dtype, 260, 8192 + 9, device=device))
 
 
-# Rows that a block of the emulated device keeps in shared memory whole, and in part: half precision in blocks of 256 threads and
-# of 512, single precision, less than a vector.
+# Rows that a block of the emulated device keeps in shared memory whole, and in part: half precision in blocks of 256
+# threads and of 512, single precision, less than a vector.
 @pytest.mark.parametrize(
     ("dtype", "vocab", "shared"),
     [
@@ -95,8 +95,8 @@ def test_agrees_on_many_rows(device, dtype):
     ],
 )
 def test_many_rows_have_the_bits_of_few(device, monkeypatch, dtype, vocab, shared):
-    """Rows that follow each other in a block at every alignment, some of them ignored, NaN or infinite, against two halves
-    of them, which CUDA splits: in place, apart at the same alignments, and apart at others."""
+    """Rows that follow each other in a block at every alignment, some of them ignored, NaN or infinite, against two
+    halves of them, which CUDA splits: in place, apart at the same alignments, and apart at others."""
     monkeypatch.setenv("MEMDEC_EXECUTOR_SHARED", str(shared))
     logits, labels, teacher = problem(dtype, 260, vocab, device=device)
     logits[9], logits[20, 2], logits[100] = torch.nan, torch.inf, -torch.inf

@@ -280,7 +280,7 @@ def test_the_reference_s_tokens(simd, device, dtype, texts, gamma, vocab, settin
 @warpers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_token_after_the_drafts_is_drawn_as_a_draft_is(simd, device, dtype, settings):
-    """At α = 1 it always stands, and is interpolate_sample's, from a vocabulary of three blocks of very unequal masses."""
+    """At α = 1 it always stands, and is interpolate_sample's, from three blocks of very unequal masses."""
     texts = some(60, on_host=12)
     base, memory, _ = case(texts, 0, 3 * reference.DRAW_COLUMNS - 1, dtype, device=device)
     memory[..., : reference.DRAW_COLUMNS] -= 4
