@@ -97,13 +97,18 @@ class Clock:
             self.other = torch.empty(4 * cache, dtype=torch.uint8, device=device)
 
     def seconds(self, function: Callable[..., object], *arguments: Any) -> float:
-        """One call. On a GPU the calls are queued while it fills its caches, so the time of launching does not show."""
+        """One call. On a GPU it is queued while that fills its caches, so the time of launching does not show.
+
+        Filled once, a loss and its gradient in place came out at 1144 µs on an H100, where their kernels take 1030: the
+        host was slower to queue them than the GPU to fill.
+        """
         if not self.on_gpu:
             start = time.perf_counter()
             function(*arguments)
             return time.perf_counter() - start
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.other.fill_(1)
+        for _ in range(4):
+            self.other.fill_(1)
         start.record()
         function(*arguments)
         end.record()

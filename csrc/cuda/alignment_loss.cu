@@ -113,38 +113,52 @@ struct Sums {
   static __device__ Sums merge(Sums a, Sums b) { return {a.mass + b.mass, a.kl + b.kl, a.has_label | b.has_label}; }
 };
 
+// A thread's first entry of a row, kept in shared memory, for that thread alone: asked of memory again and again, each time while all
+// others wait, it took a third of a row's time. The value is q, and then the gradient there.
+struct Entry {
+  int32_t id;
+  float value;
+};
+
+// Calls f(i, id, q) for this thread's entries, every threads-th of a row's; before the first one's value is replaced.
+template <int threads, class F>
+__device__ inline void for_each_entry(const Job& job, const Target& target, const Entry& first, const F& f) {
+  int64_t i = target.begin + threadIdx.x;
+  if (i < target.end) f(i, first.id, first.value);
+  for (i += threads; i < target.end; i += threads) f(i, job.teacher.ids[i], job.teacher.probs[i]);
+}
+
 // `logit`: of a column, as a float.
 template <int threads, class Logit>
-__device__ inline Sums sums_of_row(const Job& job, const Logit& logit, const Target& target, Softmax<float> state) {
+__device__ inline Sums sums_of_row(const Job& job, const Logit& logit, const Target& target, const Entry& first, Softmax<float> state) {
   Sums sums{};
   const float log_sum = logarithm(state.sum);
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += threads) {
-    const int32_t id = job.teacher.ids[i];
-    const float q = job.teacher.probs[i];
+  for_each_entry<threads>(job, target, first, [&](int64_t, int32_t id, float q) {
     if (!is_token(job, id)) {
       sums.kl = NAN;
-      continue;
+      return;
     }
     sums.mass += q;
     if (q != 0) sums.kl += q * (logarithm(q) - ((logit(id) - state.max) - log_sum));
     sums.has_label |= id == target.label;
-  }
+  });
   return reduce_block<threads>(sums, Sums::merge);
 }
 
 // The row's slope, and its gradient at the teacher's entries; reads all logits that write_entries will overwrite.
 template <int threads, class Logit>
-__device__ inline Slope corrections(const Job& job, const Scratch& scratch, const Logit& logit, const Target& target, Softmax<float> state,
-                                    const Sums& sums, float weight) {
+__device__ inline Slope corrections(const Job& job, const Scratch& scratch, const Logit& logit, const Target& target, Entry& first,
+                                    Softmax<float> state, const Sums& sums, float weight) {
   const float pull = weight * job.beta, label_pull = weight * (1 - job.beta);
   Slope slope{state.max, weight * (job.beta * sums.mass + (1 - job.beta)) / state.sum, 0, sums.has_label != 0, false};
   if (!target.label_is_known) slope.scale = NAN;
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += threads) {
-    const int32_t id = job.teacher.ids[i];
-    if (!is_token(job, id)) continue;
+  for_each_entry<threads>(job, target, first, [&](int64_t i, int32_t id, float q) {
+    if (!is_token(job, id)) return;
     const float p = exponential(logit(id) - slope.max) * slope.scale;
-    scratch.corrected[i] = (p - pull * job.teacher.probs[i]) - (id == target.label ? label_pull : 0);
-  }
+    const float corrected = (p - pull * q) - (id == target.label ? label_pull : 0);
+    if (i < target.begin + threads && !scratch.slopes) first.value = corrected;
+    else scratch.corrected[i] = corrected;
+  });
   if (target.label_is_known) slope.at_label = exponential(logit(target.label) - slope.max) * slope.scale - label_pull;
   return slope;
 }
@@ -201,14 +215,20 @@ __device__ inline void write_slope(const T* z, T* grad, int64_t columns, int64_t
   }
 }
 
-// The corrections in columns [from, to), over what write_slope wrote there: a barrier lies between the two.
+// The corrections in columns [from, to), over what write_slope wrote there: a barrier lies between the two. `first`: null, or where
+// the thread's first entry is.
 template <int threads, class T>
-__device__ inline void write_entries(const Job& job, const Scratch& scratch, T* grad, const Target& target, const Slope& slope,
-                                     int64_t from, int64_t to) {
-  for (int64_t i = target.begin + threadIdx.x; i < target.end; i += threads) {
-    const int32_t id = job.teacher.ids[i];
-    if (is_token(job, id) && id >= from && id < to) grad[id] = narrowed<T>(scratch.corrected[i]);
+__device__ inline void write_entries(const Job& job, const Scratch& scratch, T* grad, const Target& target, const Entry* first,
+                                     const Slope& slope, int64_t from, int64_t to) {
+  int64_t i = target.begin + threadIdx.x;
+  const auto write = [&](int32_t id, const float& corrected) {
+    if (is_token(job, id) && id >= from && id < to) grad[id] = narrowed<T>(corrected);
+  };
+  if (first) {
+    if (i < target.end) write(first->id, first->value);
+    i += threads;
   }
+  for (; i < target.end; i += threads) write(job.teacher.ids[i], scratch.corrected[i]);
   const bool here = target.label_is_known && !slope.has_label && target.label >= from && target.label < to;
   if (here && threadIdx.x == 0) grad[target.label] = narrowed<T>(slope.at_label);
 }
@@ -224,17 +244,13 @@ __device__ inline void write_losses(const Job& job, const Scratch& scratch, int6
   }
 }
 
-// Asks for what will be read of a row from memory later: entries of the teacher, and what is not in shared memory, as far as the
-// cache has room for that of every block.
+// Asks for what will be read of a row from memory later: what is not in shared memory, as far as the cache has room for that of
+// every block.
 template <int threads, class T>
-__device__ inline void fetch_row(const Job& job, const T* z, const Target& target, int64_t from) {
-  constexpr int64_t step = 32 / static_cast<int64_t>(sizeof(T)), most = (int64_t{64} << 10) / static_cast<int64_t>(sizeof(T));
-  if (const int64_t i = target.begin + threadIdx.x; i < target.end) {
-    fetch_to_cache(job.teacher.ids + i);
-    fetch_to_cache(job.teacher.probs + i);
-  }
+__device__ inline void fetch_row(const T* z, int64_t columns, int64_t from) {
+  constexpr int64_t step = 32 / static_cast<int64_t>(sizeof(T)), most = (int64_t{128} << 10) / static_cast<int64_t>(sizeof(T));
 #pragma unroll 1
-  for (int64_t c = from + threadIdx.x * step; c < smaller(job.logits.columns, from + most); c += threads * step) fetch_to_cache(z + c);
+  for (int64_t c = from + threadIdx.x * step; c < smaller(columns, from + most); c += threads * step) fetch_to_cache(z + c);
 }
 
 // What the threads of a block need to know of a row, kept for them in shared memory: registers are scarce.
@@ -270,6 +286,17 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T, threads>) align_row
     const float weight = grad ? weight_of_row(job, scratch, r) : 0;
     known_of(i) = {r, row_of<const T>(job.logits, r), grad, target, target.label == job.ignore_index, weight, {}};
   };
+  // This thread's first entry of a row, and of the next one.
+  struct Two {
+    Entry entry[2][threads];
+  };
+  const auto first_of = [&](unsigned i) -> Entry& { return shared<Two>().entry[i % 2][threadIdx.x]; };
+  const auto begin_entry = [&](const Target& target, Entry& entry) {  // in the group of copies that is open
+    const int64_t at = target.begin + threadIdx.x;
+    if (at >= target.end) return;
+    copy_number_behind(&entry.id, job.teacher.ids + at);
+    copy_number_behind(&entry.value, job.teacher.probs + at);
+  };
   if (threadIdx.x == 0) {
     know(0, blockIdx.x);
     know(1, int64_t{blockIdx.x} + gridDim.x);
@@ -284,7 +311,10 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T, threads>) align_row
 
     const T* const z = in_global_memory(known.z);
     const Copy<T, threads> copy(z, copied);
-    if (copied > 0 && !is_copied && !known.is_ignored) {
+    Entry& first = first_of(i);
+    if (!is_copied && !known.is_ignored) {
+      begin_entry(known.target, first);
+      if (copied == 0) end_group();
       for (int64_t span = 0; span < copied; ++span) copy.begin(z, columns, span, policy);
       if (const int64_t c = copy.edge(z, columns); c >= 0) copy.column[c] = z[c];
     }
@@ -294,13 +324,14 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T, threads>) align_row
     if (known.is_ignored) {
       if (threadIdx.x == 0) write_losses(job, scratch, r, 0, 0);
     } else {
-      if (copied > 0) fetch_row<threads>(job, z, known.target, copy.columns());
+      if (copied > 0) fetch_row<threads>(z, columns, copy.columns());
       state = job.known_max ? Softmax<float>{job.known_max[r], job.known_sum[r]}
                             : softmax_of_row<T, threads>(job.logits, r, z, scratch.states, copy);
+      if (copied == 0) wait_for_groups(0);
       const Target& target = known.target;
-      const Sums sums = sums_of_row<threads>(job, logit, target, state);
+      const Sums sums = sums_of_row<threads>(job, logit, target, first, state);
       if (threadIdx.x == 0) write_losses(job, scratch, r, sums.kl, target.label_is_known ? -state.log_prob(logit(target.label)) : NAN);
-      if (job.grad.data) slope = corrections<threads>(job, scratch, logit, target, state, sums, known.weight);
+      if (job.grad.data) slope = corrections<threads>(job, scratch, logit, target, first, state, sums, known.weight);
     }
     if (threadIdx.x == 0) {
       if (job.max) job.max[r] = state.max;
@@ -311,13 +342,16 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T, threads>) align_row
     if (scratch.slopes) return;  // split rows have a block each
 
     T* const grad = in_global_memory(known.grad);
-    if (threadIdx.x == threads - warp_size) know(i + 2, r + 2 * int64_t{gridDim.x});  // by a warp that has few corrections to make
     __syncthreads();  // every thread has read the logits that it needs from others' columns
+    if (threadIdx.x == threads - warp_size) know(i + 2, r + 2 * int64_t{gridDim.x});
     // A gradient at another alignment is read from others' places of the copy, too: then the next row must wait.
     is_copied = copied > 0 && known_of_next.r < rows && grad && lead_of(grad) == lead_of(z);
     const bool follows = is_copied && !known_of_next.is_ignored;
     const T* const next_z = follows ? in_global_memory(known_of_next.z) : z;
     const Copy<T, threads> next(next_z, copied);
+    const int64_t edge = follows ? next.edge(next_z, columns) : -1;
+    const T at_edge = edge >= 0 ? next_z[edge] : T{};
+    if (follows) begin_entry(known_of_next.target, first_of(i + 1));
     if (grad) {
       // What was read last is the likeliest to be in the cache.
       const uint64_t end = static_cast<uint64_t>(columns + lead_of(grad));
@@ -328,11 +362,10 @@ __global__ void __launch_bounds__(threads, blocks_at_once<T, threads>) align_row
         if (follows) next.begin(next_z, columns, span, policy);
       }
     }
-    const int64_t edge = follows ? next.edge(next_z, columns) : -1;
-    const T at_edge = edge >= 0 ? next_z[edge] : T{};
     __syncthreads();  // the slope is written, and can be written over; so can all of the copy
-    if (edge >= 0) next.column[edge] = at_edge;
-    if (grad && !known.is_ignored) write_entries<threads>(job, scratch, grad, known.target, known.slope, 0, columns);
+    if (follows)
+      if (const int64_t c = next.edge(known_of_next.z, columns); c >= 0) next.column[c] = at_edge;
+    if (grad && !known.is_ignored) write_entries<threads>(job, scratch, grad, known.target, &first_of(i), known.slope, 0, columns);
   }
 }
 
@@ -346,7 +379,7 @@ __global__ void __launch_bounds__(wide_threads, blocks_at_once<T, wide_threads>)
   write_slope<wide_threads>(row_of<const T>(job.logits, r), grad, columns, span, slope, cache_policy(false));
   __syncthreads();  // the slope is written, and can be written over
   const int64_t from = span * columns_in_span<wide_threads> - lead_of(grad);
-  if (!slope.is_zero) write_entries<wide_threads>(job, scratch, grad, target_of_row(job, r), slope, from,
+  if (!slope.is_zero) write_entries<wide_threads>(job, scratch, grad, target_of_row(job, r), nullptr, slope, from,
                                                      from + columns_in_span<wide_threads>);
 }
 
@@ -382,14 +415,14 @@ struct Blocks {
 // back for it, with what passes through it meanwhile.
 template <class T, int threads>
 Blocks blocks_of(const Job& job, const Scratch& scratch, int device) {
-  if (job.known_max || scratch.states) return {job.logits.count, 0};  // rows are read once, or not at all
+  if (job.known_max || scratch.states || !job.grad.data) return {job.logits.count, 0};  // rows are read once, or not at all
   int shared_bytes = 0, cache_bytes = 0, processors = 0;
   cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const int64_t columns = job.logits.columns, spans = spans_of<threads>(columns);
   for (int blocks = blocks_at_once<T, threads>;; --blocks) {
-    const int64_t room = shared_bytes / blocks - 1536;  // what else a block takes is less
+    const int64_t room = shared_bytes / blocks - 1536 - 2 * threads * static_cast<int64_t>(sizeof(Entry));  // what else a block takes is less
     int64_t copied = spans;
     while (Copy<T, threads>::bytes(columns, copied) > room) --copied;
     const int64_t left = larger(0, columns - copied * columns_in_span<threads>) * static_cast<int64_t>(sizeof(T));

@@ -164,9 +164,23 @@ __device__ inline void copy_behind(T* to_shared, const T* from, [[maybe_unused]]
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "l"(policy) : "memory");
 #elif !defined(__CUDACC__)
   store_aligned(to_shared, load_aligned(from));  // both are looked at by the sanitizers
-  host::copy_behind(to_shared, from);
+  host::copy_behind(to_shared, from, 16);
 #endif
 }
+
+// The same for a number of four bytes.
+template <class T>
+__device__ inline void copy_number_behind(T* to_shared, const T* from) {
+  static_assert(sizeof(T) == 4);
+#if defined(__CUDA_ARCH__)
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+#elif !defined(__CUDACC__)
+  *to_shared = *from;
+  host::copy_behind(to_shared, from, sizeof(T));
+#endif
+}
+
 __device__ inline void end_group() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.commit_group;" ::: "memory");

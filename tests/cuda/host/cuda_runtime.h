@@ -83,8 +83,8 @@ class Shared {
 };
 void* dynamic_shared();
 
-// Copies of sixteen bytes that are made as late as can be, when the thread waits for their group; until then 0xff lies there.
-void copy_behind(void* to, const void* from);
+// Copies that are made as late as can be, when the thread waits for their group; until then 0xff lies there.
+void copy_behind(void* to, const void* from, size_t bytes);
 void end_group();
 void wait_for_groups(int on_the_way);
 

@@ -58,6 +58,13 @@ namespace {
 constexpr size_t stack_bytes = 256 << 10, guard_bytes = 4 << 10;
 constexpr unsigned warp = 32;
 
+// A copy that waits to be made.
+struct Late {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   char* stack = nullptr;  // kept from launch to launch
   void* pointer = nullptr;
@@ -67,7 +74,7 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t value = 0;
   int source = 0;
-  std::deque<std::vector<std::pair<void*, const void*>>> copies;  // groups of (to, from), the last one open
+  std::deque<std::vector<Late>> copies;  // groups, the last one open
 };
 
 struct Executor {
@@ -244,9 +251,9 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, Where where) {
   return me.value;
 }
 
-void copy_behind(void* to, const void* from) {
-  memset(to, 0xff, 16);
-  executor.fibers[executor.current].copies.back().emplace_back(to, from);
+void copy_behind(void* to, const void* from, size_t bytes) {
+  memset(to, 0xff, bytes);
+  executor.fibers[executor.current].copies.back().push_back({to, from, bytes});
 }
 
 void end_group() { executor.fibers[executor.current].copies.emplace_back(); }
@@ -254,7 +261,7 @@ void end_group() { executor.fibers[executor.current].copies.emplace_back(); }
 void wait_for_groups(int on_the_way) {
   auto& copies = executor.fibers[executor.current].copies;
   for (; copies.size() > static_cast<size_t>(on_the_way) + 1; copies.pop_front())
-    for (const auto& [to, from] : copies.front()) memcpy(to, from, 16);
+    for (const auto& [to, from, bytes] : copies.front()) memcpy(to, from, bytes);
 }
 
 void* Shared::of_this_block() {
