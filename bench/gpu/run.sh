@@ -68,7 +68,7 @@ if part tests; then
   tests "chi-square of the samplers" tests 100 "${PYTEST[@]}" tests/ops/test_interpolate_sample.py -k "$draws" &
   if [ $REHEARSE = no ]; then
     for file in tests/cuda/test_gpu*.py; do
-      tests "$(basename "$file" .py)" tests 200 "${PYTEST[@]}" --timeout=150 "$file" &
+      tests "$(basename "$file" .py)" tests 200 "${PYTEST[@]}" -n 3 --timeout=150 "$file" &
     done
   else
     step "tests for a GPU, which skip here" tests 60 "${PYTEST[@]}" tests/cuda/test_gpu*.py &
@@ -93,13 +93,11 @@ fi
 wait
 
 if part bench; then
-  benches=(aggregate_neighbors:40 alignment_loss:60 interpolate_log_prob:40 interpolate_argmax:40 decoding_step:40
-    interpolate_sample:45 linear_alignment_loss:45 search:45 token_log_prob:20 interpolate:30 training:40 host_cost:20)
-  [ $REHEARSE = yes ] && benches=(token_log_prob:120 decoding_step:60)
-  for bench in "${benches[@]}"; do
-    step "bench ${bench%:*}" bench "${bench#*:}" "${BENCH[@]}" -s "bench/bench_${bench%:*}.py" --device=$DEVICE \
-      --json-lines="$OUT/bench.jsonl"
-  done
+  # Those with goals first. One process: to start twelve takes a minute.
+  benches=(alignment_loss interpolate_argmax interpolate_sample interpolate_log_prob aggregate_neighbors decoding_step host_cost
+    linear_alignment_loss interpolate token_log_prob search training)
+  [ $REHEARSE = yes ] && benches=(token_log_prob decoding_step)
+  step "benches" bench 280 "${BENCH[@]}" -s --timeout=60 $(printf "bench/bench_%s.py " "${benches[@]}") --device=$DEVICE --json-lines="$OUT/bench.jsonl"
   [ $REHEARSE = yes ] || step "bench decoding" bench 90 "$PYTHON" bench/gpu/decoding.py --out "$OUT/decoding.jsonl"
   [ $REHEARSE = yes ] || step "profiles" bench 75 "$PYTHON" bench/gpu/profile.py --out "$OUT/profile.jsonl"
 fi
