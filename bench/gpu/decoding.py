@@ -1,6 +1,6 @@
 """How fast a pair decodes on a GPU, for models of random weights that are as large as real ones.
 
-    python bench/gpu/decoding.py --out OUTDIR/decoding.jsonl                     1.5B + 0.5B and 7B + 0.5B, under 90 s
+    python bench/gpu/decoding.py --out OUTDIR/decoding.jsonl                     1.5B + 0.5B and 7B + 0.5B, under 110 s
     python bench/gpu/decoding.py --shapes qwen2.5-1.5b+qwen2.5-0.5b --compile    compiled as well; minutes
 
 A step takes as long with random weights as with trained ones; only what the models agree on is lost. So each draft
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--acceptance", type=float, default=0.8, help="chance that a draft stands")
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--draft-tokens", default="2,3,4")
+    parser.add_argument("--draft-tokens", default="2,3,4,5")
     parser.add_argument("--repeats", type=int, default=2, help="runs that count, after one that does not")
     parser.add_argument("--compile", action="store_true", help="everything compiled as well")
     parser.add_argument("--out", type=Path, default=None, help="a JSON line a pair is appended to this file")

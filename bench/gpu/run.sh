@@ -3,7 +3,7 @@
 #
 #     bash bench/gpu/run.sh OUTDIR              build for this GPU, tests, sanitizers, benchmarks
 #     bash bench/gpu/run.sh OUTDIR --rehearse   the same steps where there is no GPU: the CPU stands in for it
-#     PARTS="bench" bash bench/gpu/run.sh OUT   some of: tests sanitizers bench
+#     PARTS="bench" bash bench/gpu/run.sh OUT   some of: tests sanitizers bench decoding profiles
 #
 # OUTDIR gets a log a kind of step, steps.jsonl (a line a step), bench.jsonl (a line a contestant), profile.jsonl (a line a kernel)
 # and decoding.jsonl (a line a pair), all with device, driver, versions and commit (MEMDEC_COMMIT=… where the folder has no git history). A step has a time limit of its own, and one that
@@ -16,7 +16,7 @@ OUT=$(cd "$1" && pwd)
 REHEARSE=no
 [ "${2:-}" = --rehearse ] && REHEARSE=yes
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-tests sanitizers bench}
+PARTS=${PARTS:-tests sanitizers bench decoding profiles}
 BUDGET=${BUDGET:-570} # seconds in all
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -97,9 +97,15 @@ if part bench; then
   benches=(alignment_loss interpolate_argmax interpolate_sample interpolate_log_prob aggregate_neighbors decoding_step host_cost
     linear_alignment_loss interpolate token_log_prob search training)
   [ $REHEARSE = yes ] && benches=(token_log_prob decoding_step)
-  step "benches" bench 280 "${BENCH[@]}" -s --timeout=60 $(printf "bench/bench_%s.py " "${benches[@]}") --device=$DEVICE --json-lines="$OUT/bench.jsonl"
-  [ $REHEARSE = yes ] || step "bench decoding" bench 90 "$PYTHON" bench/gpu/decoding.py --out "$OUT/decoding.jsonl"
-  [ $REHEARSE = yes ] || step "profiles" bench 75 "$PYTHON" bench/gpu/profile.py --out "$OUT/profile.jsonl"
+  # shellcheck disable=SC2046  # a word a file
+  step "benches" bench 280 "${BENCH[@]}" -s --timeout=60 $(printf "bench/bench_%s.py " "${benches[@]}") --device=$DEVICE \
+    --json-lines="$OUT/bench.jsonl"
+fi
+if part decoding && [ $REHEARSE = no ]; then
+  step "decoding" bench 110 "$PYTHON" bench/gpu/decoding.py --out "$OUT/decoding.jsonl"
+fi
+if part profiles && [ $REHEARSE = no ]; then
+  step "profiles" bench 75 "$PYTHON" bench/gpu/profile.py --out "$OUT/profile.jsonl"
 fi
 
 "$PYTHON" bench/gpu/report.py table "$OUT"
