@@ -22,7 +22,7 @@ WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 SITE=${MEMDEC_SITE:-$WORK/site} # where this build of memdec is installed; nothing else is touched. Given: one that is built already
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=$WORK/triton
+export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$WORK/triton}
 if [ $REHEARSE = yes ]; then DEVICE=cpu CUDA=off; else DEVICE=cuda CUDA=on; fi
 # A line a test: what ran out of time has told by then which failed. (pytest-benchmark warns once a worker.)
 PYTEST=("$PYTHON" -m pytest -v -rfEs --tb=short -p no:cacheprovider -p no:benchmark)
