@@ -264,10 +264,35 @@ def test_rotate_and_store(dtype: torch.dtype, rows: int, count: int, heads: int,
     kernel_checks.check_rotate_and_store(triton_kernels(dtype), "cuda", dtype, rows, count, heads, key_heads, dim)
 
 
+@pytest.mark.parametrize("dtype", kernel_checks.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rows, width, outputs", [*kernel_checks.LINEARS, (4, 896, 1152), (7, 4864, 896), (1, 8960, 1536)]
+)
+def test_linears(dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:
+    kernel_checks.check_linear(triton_kernels(dtype), "cuda", dtype, rows, width, outputs)
+
+
+@pytest.mark.parametrize("dtype", kernel_checks.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rows, count, heads, key_heads, dim, room",
+    [*kernel_checks.ATTENTIONS, (1, 4, 12, 2, 128, 1024), (8, 1, 14, 2, 64, 512)],
+)
+def test_cached_attention(
+    dtype: torch.dtype, rows: int, count: int, heads: int, key_heads: int, dim: int, room: int
+) -> None:
+    fast = triton_kernels(dtype)
+    kernel_checks.check_cached_attention(fast, "cuda", dtype, rows, count, heads, key_heads, dim, room)
+    kernel_checks.check_a_shared_slot(fast, "cuda", dtype)
+
+
 @pytest.mark.parametrize("name", fused_checks.MODELS)
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_fused_step_says_what_the_model_says(name: str, count: int) -> None:
+@pytest.mark.parametrize("path", fused_checks.PATHS)
+def test_a_fused_step_says_what_the_model_says(
+    name: str, count: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bfloat16 a product of several weights may round otherwise than each; logits that are wrong are wrong by 2."""
+    fused_checks.go_by(path, monkeypatch)
     fused_checks.assert_same(fused_checks.tiny(name).to("cuda"), count, 5e-4)
     fused_checks.assert_same(fused_checks.tiny(name).to("cuda", torch.bfloat16), count, 0.25)
 
@@ -300,7 +325,7 @@ def test_a_captured_step_is_replayed(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3"])
-@pytest.mark.parametrize("count, most", [(1, 9), (3, 10)])
+@pytest.mark.parametrize("count, most", [(1, 5), (8, 5), (9, 10)])
 def test_kernels_a_layer(name: str, count: int, most: int) -> None:
     """Counted by PyTorch's profiler in steps of models of two layers and of four, without those that end a product."""
     triton_kernels(torch.bfloat16)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from memdec.decoding import fusing
 from memdec.decoding.cache import slot_cache
 from memdec.decoding.fusing import fused_step
 from memdec.modeling.cache import cache_name
@@ -25,6 +26,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
+
+# What a step goes by, and what of fusing.py is to be set for it.
+PATHS: dict[str, dict[str, int]] = {
+    "few rows": {},
+    "few rows, a long room": {"NEAR": ROOM - 1},
+    "many rows": {"FEW": 0},
+}
+
+
+def go_by(path: str, monkeypatch: Any) -> None:
+    """Steps go by one of the PATHS."""
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(fusing, name, value)
 
 
 def tiny(name: str, **settings: Any) -> Any:

@@ -26,6 +26,20 @@ ROTATIONS = (  # B, n, heads, key heads, dim
     (3, 1, 7, 1, 64),
     (3, 5, 2, 1, 80),  # a half is no power of two
 )
+LINEARS = (  # rows, width, outputs
+    (1, 896, 70),  # Qwen2.5 0.5B's width
+    (3, 33, 7),
+    (8, 1296, 10),  # two pieces of a width and a half of one, on tensor cores
+    (5, 4864, 3),
+    (1, 80, 515),  # several outputs a program
+)
+ATTENTIONS = (  # B, n, heads, key heads, dim, room
+    (1, 1, 14, 2, 64, 256),  # Qwen2.5 0.5B
+    (2, 3, 4, 4, 128, 130),  # the last two slots are looked at by themselves
+    (1, 5, 4, 2, 80, 64),
+    (3, 2, 3, 1, 12, 16),
+    (1, 8, 2, 1, 16, 300),
+)
 
 
 def assert_near(got: Tensor, twin: Tensor, truth: Tensor) -> None:
@@ -95,13 +109,98 @@ def check_rotate_and_store(
         assert torch.equal(results[0][1][kept], before[0][kept])
 
 
+def in_double(*given: Any) -> list[Any]:
+    """Of tensors of floating point, copies in float64."""
+    return [one.double() if isinstance(one, Tensor) and one.is_floating_point() else one for one in given]
+
+
+def check_linear(fast: Any, device: str, dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:
+    """The three products of few rows, with biases and without; one of the rows is small enough for ε to count."""
+    x, residual = numbers(device, dtype, rows, width), numbers(device, dtype, rows, outputs, seed=1)
+    x[0] *= 1e-3
+    norm_weight, bias = numbers(device, dtype, width, seed=2), numbers(device, dtype, 2 * outputs, seed=3)
+    weight = numbers(device, dtype, 2 * outputs, width, seed=4).contiguous()
+    half = weight[:outputs]
+    for shift, half_shift in ((None, None), (bias, bias[:outputs])):
+        for name, given in (
+            ("norm_linear", (x, norm_weight, 1e-5, half, half_shift)),
+            ("linear_add", (x, half, half_shift, residual)),
+            ("norm_gate_up", (x, norm_weight, 1e-5, weight, shift)),
+        ):
+            plain = getattr(kernels, f"plain_{name}")
+            assert_near(getattr(fast, name)(*given), plain(*given), plain(*in_double(*given)))
+
+
+def check_cached_attention(
+    fast: Any, device: str, dtype: torch.dtype, rows: int, count: int, heads: int, key_heads: int, dim: int, room: int
+) -> None:
+    """With norms and without; the first slots are hidden as padding is, others at random, and later tokens."""
+    generator = torch.Generator().manual_seed(6)
+    merged = numbers(device, dtype, rows, count, (heads + 2 * key_heads) * dim)
+    angles = 100 * numbers(device, torch.float32, rows, count, dim, seed=1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    slots = torch.stack([torch.randperm(room, generator=generator)[:count] for _ in range(rows)])
+    hidden = torch.rand(rows, count, room, generator=generator) < 0.2
+    hidden[..., :3] = True
+    hidden[..., room - room // 8 :] = True
+    for token in range(count):
+        hidden[:, token].scatter_(1, slots[:, : token + 1], False)
+        hidden[:, token].scatter_(1, slots[:, token + 1 :], True)
+    slots, hidden = slots.to(device), hidden.to(device)
+    weights = [numbers(device, dtype, dim, seed=seed) for seed in (2, 3)]
+    before = [numbers(device, dtype, rows, key_heads, room, dim, seed=seed).contiguous() for seed in (4, 5)]
+    for norms in (None, (weights[0], weights[1], 1e-6)):
+        results = []
+        for run, precise in (
+            (fast.cached_attention, False),
+            (kernels.plain_cached_attention, False),
+            (kernels.plain_cached_attention, True),
+        ):
+            given = [merged, cos, sin, slots, *(store.clone() for store in before), hidden, dim**-0.5]
+            wide = norms
+            if precise:
+                given = in_double(*given)
+                wide = None if norms is None else tuple(in_double(*norms))
+            out = run(*given, wide)
+            assert out.is_contiguous()
+            results.append((out, given[4], given[5]))
+        for tensors in zip(*results, strict=True):
+            assert_near(*tensors)
+        assert torch.equal(results[0][2], results[1][2])  # values
+        untouched = torch.ones(rows, room, dtype=torch.bool, device=device).scatter_(1, slots, False)
+        kept = untouched[:, None].expand(-1, key_heads, -1)
+        assert torch.equal(results[0][1][kept], before[0][kept])
+
+
+def check_a_shared_slot(fast: Any, device: str, dtype: torch.dtype) -> None:
+    """What a token says is the same with another one behind it that has no slot of its own."""
+    merged = numbers(device, dtype, 1, 2, 4 * 16)
+    ones, slots = torch.ones(1, 2, 16, dtype=dtype, device=device), torch.full((1, 2), 6, device=device)
+    hidden = torch.zeros(1, 2, 7, dtype=torch.bool, device=device)
+    said = []
+    for count in (1, 2):
+        stores = [numbers(device, dtype, 1, 1, 7, 16, seed=seed).contiguous() for seed in (1, 2)]
+        given = [one[:, :count] for one in (merged, ones, 0 * ones, slots)]
+        said.append(fast.cached_attention(*given, *stores, hidden[:, :count], 0.25)[0])
+    torch.testing.assert_close(*said, rtol=1e-6, atol=1e-6)
+
+
 def main() -> None:
     """Every check on the CPU."""
     from memdec.decoding import triton_kernels as fast
 
     checked = 0
-    for check, cases in ((check_add_norm, NORMS), (check_silu_mul, PRODUCTS), (check_rotate_and_store, ROTATIONS)):
+    for check, cases in (
+        (check_add_norm, NORMS),
+        (check_silu_mul, PRODUCTS),
+        (check_rotate_and_store, ROTATIONS),
+        (check_linear, LINEARS),
+        (check_cached_attention, ATTENTIONS),
+        (check_a_shared_slot, ((),)),
+    ):
         for dtype, case in itertools.product(DTYPES, cases):
+            if check is check_linear and dtype is torch.bfloat16 and case[0] in fast.TENSOR_ROWS:
+                continue  # the interpreter's dot takes the bits of bfloat16 for integers
             check(fast, "cpu", dtype, *case)
             checked += 1
     print(checked, "cases")

@@ -22,18 +22,40 @@ from memdec.decoding.cache import slot_cache
 from memdec.decoding.fusing import fused_step, qualifies
 
 everyone = pytest.mark.parametrize("name", fused_checks.MODELS)
+paths = pytest.mark.parametrize("path", fused_checks.PATHS)
 
 
 @everyone
 @pytest.mark.parametrize("count", [1, 3])
-def test_says_what_the_model_says(name: str, count: int) -> None:
+@paths
+def test_says_what_the_model_says(name: str, count: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused_checks.go_by(path, monkeypatch)
     fused_checks.assert_same(fused_checks.tiny(name), count, 2e-5)
 
 
 @everyone
-def test_rounds_as_the_model_does(name: str) -> None:
+@paths
+def test_rounds_as_the_model_does(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16: on the CPU the twins round at the same places, and products of several weights may differ."""
+    fused_checks.go_by(path, monkeypatch)
     fused_checks.assert_same(fused_checks.tiny(name).to(torch.bfloat16), 3, 0.1)
+
+
+@pytest.mark.parametrize("rows, count, room, wanted", [(1, 8, 16, "few"), (2, 4, 17, "far"), (3, 3, 16, "many")])
+def test_which_way_a_step_goes(rows: int, count: int, room: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the number of rows times tokens, and by the room."""
+    called = {"norm_linear": "few", "cached_attention": "near", "rotate_and_store": "far", "silu_mul": "many"}
+    found = set()
+    for name, what in called.items():
+        function = getattr(fusing, name)
+        monkeypatch.setattr(fusing, name, lambda *given, f=function, w=what: (found.add(w), f(*given))[1])
+    monkeypatch.setattr(fusing, "NEAR", 16)
+    model = fused_checks.tiny("llama")
+    step, (cache, _) = fused_step(model), slot_cache(model, room)
+    assert step is not None
+    at = torch.arange(count).expand(rows, count)
+    step(at, at, at, torch.arange(room) > at[..., None], cache)
+    assert found == {"few": {"few", "near"}, "far": {"few", "far"}, "many": {"many", "far"}}[wanted]
 
 
 def test_without_a_prompt() -> None:

@@ -10,9 +10,18 @@ the time of their launch, in a CUDA graph as well. Here the model's forward is w
     x, s = add_norm(a · Woᵀ, s)
     x    = silu_mul(x · (Wgate, Wup)ᵀ) · Wdownᵀ
 
-That is nine kernels, ten where several tokens are read, and those into which cuBLAS splits a product; see
-:mod:`memdec.decoding.kernels`. For several weights to be one matrix, the modules' parameters are moved, once, to where
-they lie one behind the other. They stay the parameters they are, of the same values, and no second copy is kept.
+That is nine kernels, ten where several tokens are read, and those into which cuBLAS splits a product. Of few rows a
+product takes as long as its weights take to read, and what is done before and after it can be done on the way:
+
+    qkv  = norm_linear(s, (Wq, Wk, Wv))
+    a    = cached_attention(qkv, keys, values)
+    s    = linear_add(a, Wo, s)
+    x    = norm_gate_up(s, (Wgate, Wup))
+    s    = linear_add(x, Wdown, s)
+
+That is five; see :mod:`memdec.decoding.kernels` for all of them. For several weights to be one matrix, the modules'
+parameters are moved, once, to where they lie one behind the other. They stay the parameters they are, of the same
+values, and no second copy is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +37,16 @@ from torch.utils.dlpack import from_dlpack
 from transformers.cache_utils import Cache
 
 from memdec.decoding.cache import can_roll_back
-from memdec.decoding.kernels import add_norm, fast_kernels, rotate_and_store, silu_mul
+from memdec.decoding.kernels import (
+    add_norm,
+    cached_attention,
+    fast_kernels,
+    linear_add,
+    norm_gate_up,
+    norm_linear,
+    rotate_and_store,
+    silu_mul,
+)
 
 LOGGER = logging.getLogger(__name__)
 
@@ -39,6 +57,8 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ACTIVATIONS = ("SiLUActivation", "SiLU")
+FEW = 8  # rows, a token each, up to which products are bound by their weights
+NEAR = 1024  # slots up to which a program looks at all of them; beyond, sdpa shares them out
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -124,24 +144,37 @@ class FusedStep:
         x = inner.embed_tokens(tokens)
         cos, sin = inner.rotary_emb(x, positions)
         cos, sin = cos.expand(rows, -1, -1), sin.expand(rows, -1, -1)
-        mask = self.mask(hidden, x.dtype)
         x = x.flatten(0, 1)
+        few = rows * count <= FEW
+        mask = None if few and hidden.shape[-1] <= NEAR else self.mask(hidden, x.dtype)
         residual: Tensor | None = None
         for block, layer in zip(inner.layers, cache.layers, strict=True):
             if not layer.is_initialized:  # no prompt was read
                 none = x.new_empty(rows, self.key_heads, 0, self.dim)
                 layer.lazy_initialization(none, none)
             attention, mlp = block.self_attn, block.mlp
-            query_key_value, gate_up = _products(block)
-            x, residual = add_norm(x, residual, block.input_layernorm.weight, block.input_layernorm.variance_epsilon)
-            merged = functional.linear(x, *side_by_side(query_key_value)).view(rows, count, -1)
-            queries = rotate_and_store(merged, cos, sin, slots, layer.keys, layer.values, _norms(attention))
-            x = self.attend(queries, layer.keys, layer.values, mask, attention.scaling)
-            x = functional.linear(x, attention.o_proj.weight, attention.o_proj.bias)
-            after = block.post_attention_layernorm
-            x, residual = add_norm(x, residual, after.weight, after.variance_epsilon)
-            x = silu_mul(functional.linear(x, *side_by_side(gate_up)))
-            x = functional.linear(x, mlp.down_proj.weight, mlp.down_proj.bias)
+            before, after = block.input_layernorm, block.post_attention_layernorm
+            query_key_value, gate_up = map(side_by_side, _products(block))
+            if few:
+                merged = norm_linear(x, before.weight, before.variance_epsilon, *query_key_value)
+            else:
+                x, residual = add_norm(x, residual, before.weight, before.variance_epsilon)
+                merged = functional.linear(x, *query_key_value)
+            given = (merged.view(rows, count, -1), cos, sin, slots, layer.keys, layer.values)
+            if mask is None:
+                attended = cached_attention(*given, hidden, attention.scaling, _norms(attention))
+            else:
+                queries = rotate_and_store(*given, _norms(attention))
+                attended = self.attend(queries, layer.keys, layer.values, mask, attention.scaling)
+            if few:
+                x = linear_add(attended, attention.o_proj.weight, attention.o_proj.bias, x)
+                gated = norm_gate_up(x, after.weight, after.variance_epsilon, *gate_up)
+                x = linear_add(gated, mlp.down_proj.weight, mlp.down_proj.bias, x)
+            else:
+                x = functional.linear(attended, attention.o_proj.weight, attention.o_proj.bias)
+                x, residual = add_norm(x, residual, after.weight, after.variance_epsilon)
+                x = silu_mul(functional.linear(x, *gate_up))
+                x = functional.linear(x, mlp.down_proj.weight, mlp.down_proj.bias)
         x, _ = add_norm(x, residual, inner.norm.weight, inner.norm.variance_epsilon)
         logits: Tensor = self.model.lm_head(x)
         return logits.view(rows, count, -1)
