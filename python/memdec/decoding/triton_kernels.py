@@ -23,6 +23,14 @@ GATED_PARTS, GATED_PART, GATED_STAGES = 4, 64, 3  # likewise, with two weights
 SLOTS, WARPS = 128, 8  # of a program of cached_attention: the slots that it looks at at once, and its warps
 
 
+def starts_early() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def early() -> dict[str, bool]:
+    return {"launch_pdl": True} if starts_early() else {}
+
+
 # y = s / √(mean(s²) + ε) · w with s = x + r. A program a row, which stays in registers between the sum and the product.
 @triton.jit
 def _add_norm(
@@ -247,6 +255,7 @@ def _linear(
     ADD: tl.constexpr,
     OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     dtype = result.dtype.element_ty
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -260,6 +269,9 @@ def _linear(
         up_weight = weight + tl.cast(outputs, tl.int64) * width
         up_tile = tl.load(up_weight + places, mask=both, other=0.0, eviction_policy="evict_first")
     tl.debug_barrier()  # or the compiler asks for some of the weights later, when x has come
+    if EARLY:  # the next kernel may start now, and what the one before it wrote can be read
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     ahead = tl.load(x + column, mask=inside, other=0.0)
     if NORM:
         factor = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -408,7 +420,7 @@ def _launch_linear(
         return result
     each, warps = tile(outputs, width, weight.element_size())
     sizes = {"ROWS": rows, "OUTPUTS": each, "WIDTH": triton.next_power_of_2(width)}
-    _linear[(triton.cdiv(outputs, each),)](*given, width, epsilon, **sizes, **kinds, num_warps=warps)
+    _linear[(triton.cdiv(outputs, each),)](*given, width, epsilon, **sizes, **kinds, EARLY=starts_early(), num_warps=warps, **early())
     return result
 
 
@@ -467,6 +479,7 @@ def _cached_attention(
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     ROOM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     head = tl.program_id(0)
     token = tl.program_id(1)
@@ -489,6 +502,9 @@ def _cached_attention(
     stored = (slot < room)[:, None] & inside[None, :]
     stored_keys = tl.load(own_keys + first, mask=stored, other=0.0)
     stored_values = tl.load(own_values + first, mask=stored, other=0.0)
+    if EARLY:  # the next kernel may start now, and what the one before it wrote can be read
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     concealed = tl.load(own_hidden + slot, mask=slot < room, other=1)
     everywhere = tl.arange(0, ROOM)
     anything = tl.load(own_hidden + everywhere, mask=everywhere < room, other=1)
@@ -613,6 +629,8 @@ def cached_attention(
         COLUMNS=columns,
         SLOTS=SLOTS,
         ROOM=triton.next_power_of_2(room),
+        EARLY=starts_early() and tokens == 1,
         num_warps=WARPS,
+        **(early() if tokens == 1 else {}),
     )
     return result
