@@ -105,7 +105,7 @@ if part decoding && [ $REHEARSE = no ]; then
   step "decoding" bench 110 "$PYTHON" bench/gpu/decoding.py --out "$OUT/decoding.jsonl"
 fi
 if part profiles && [ $REHEARSE = no ]; then
-  step "profiles" bench 75 "$PYTHON" bench/gpu/profile.py --out "$OUT/profile.jsonl"
+  step "profiles" bench 75 "$PYTHON" bench/gpu/profiles.py --out "$OUT/profile.jsonl"
 fi
 
 "$PYTHON" bench/gpu/report.py table "$OUT"

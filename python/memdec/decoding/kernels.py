@@ -46,7 +46,8 @@ def fast_kernels(device: torch.device, dtype: torch.dtype) -> Any:
         found = import_module("memdec.decoding.triton_kernels")
         with torch.cuda.device(device):
             ones = torch.ones(2, 16, dtype=dtype, device=device)
-            found.linear_add(found.silu_mul(ones), ones[:, :8].contiguous(), None, ones[:, :2])
+            for few in (ones[:1], ones):
+                found.linear_add(found.silu_mul(few), ones[:, :8].contiguous(), None, few[:, :2])
     except Exception as problem:  # no Triton, no C compiler, a GPU that it does not know: whatever, it goes without
         said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         LOGGER.warning("a model's step takes more kernels than it must, since Triton does not work here: %s", said)

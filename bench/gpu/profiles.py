@@ -1,7 +1,7 @@
 """What ncu says of the kernels of each op, at the shapes of the goals: a JSON line a kernel.
 
-    python bench/gpu/profile.py --out OUTDIR/profile.jsonl                    all of it, about a minute
-    python bench/gpu/profile.py --only argmax,aggregate --out profile.jsonl
+    python bench/gpu/profiles.py --out OUTDIR/profile.jsonl                    all of it, about a minute
+    python bench/gpu/profiles.py --only argmax,aggregate --out profile.jsonl
 
 A line holds the op, the kernel, its time, bytes of memory read and written, the shares of their peaks at which it used
 memory (`dram`), the second-level cache and the multiprocessors, instructions issued a cycle by a scheduler, warps
