@@ -111,6 +111,8 @@ inline void log_probs_of_block(const T* base, const T* memory, int64_t n, const 
   using A = accumulator_t<T>;
   const V base_max = broadcast<V>(row.base.max), memory_max = broadcast<V>(row.memory.max);
   const V base_scale = broadcast<V>(row.log_scale_base()), memory_scale = broadcast<V>(row.log_scale_memory());
+  // As on CUDA: float32 holds neither a larger nor a smaller one well enough to divide by.
+  if (sizeof(A) == 4) temperature = temperature < 1e-30 ? 1e-30 : temperature > 1e30 ? 1e30 : temperature;
   const V divisor = broadcast<V>(static_cast<A>(temperature));
   const bool divided = temperature != 1;
   const auto write = [&](int64_t i, int64_t count, V value) {

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from memdec import MemdecError, MemoryModel
-from memdec.decoding import engine
+from memdec.decoding import engine, graphs
 
 HOW: dict[str, dict[str, Any]] = {
     "parallel": {"decoding": "parallel"},
@@ -197,9 +197,10 @@ def test_a_prompt_as_long_as_the_context(model: MemoryModel, strangers: MemoryMo
 
 
 def test_a_memory_with_a_shorter_context(make_pair: Callable[..., MemoryModel], caplog: Any) -> None:
+    """Its positions are a table, so that the composite could not go on either."""
     short = make_pair(n_positions=32)
     ids = {"input_ids": torch.arange(1, 30)[None]}
-    for how in (HOW["parallel"], HOW["γ = 4"]):
+    for how in (HOW["parallel"], HOW["γ = 4"], {"decoding": "auto"}):
         with pytest.raises(MemdecError, match=r"the memory reads up to 32 tokens \(the base 256\).* 39 long"):
             greedy(short, ids, 10, **how)
     assert len(greedy(short, ids, 3, **HOW["γ = 4"])[0]) == 3
@@ -224,6 +225,7 @@ def test_falling_back_says_why(model: MemoryModel, caplog: pytest.LogCaptureFixt
         ({"use_cache": False}, "use_cache is off"),
         ({"input_ids": two, "stopping_criteria": [lambda i, s, **_: torch.zeros(len(i)).bool()]}, "of one's own"),
         ({"input_ids": two, "max_time": 100.0}, "no end-of-text token to pad behind"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]]), "pad_token_id": 1}, "padded on the right"),
     ):
         for decoding, level in (("auto", logging.INFO), ("speculative", logging.WARNING)):
             caplog.clear()
@@ -261,3 +263,22 @@ def test_broken_weights_are_said_to_be(make_pair: Callable[..., MemoryModel]) ->
         broken.base.model.norm.weight.fill_(torch.nan)
     with pytest.raises(MemdecError, match="no token to choose"):
         greedy(broken, {"input_ids": torch.tensor([[1, 2]])}, **HOW["γ = 4"])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_broken_memory_says_so_but_where_it_has_no_weight(
+    make_pair: Callable[..., MemoryModel], monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
+    """What it drafts then is no token, which no embedding has."""
+    if captured:
+        monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    broken = make_pair()
+    with torch.no_grad():
+        broken.memory.transformer.ln_f.weight.fill_(torch.nan)
+    ids = {"input_ids": torch.tensor([[1, 2]])}
+    with pytest.raises(MemdecError, match="no token to choose"):
+        greedy(broken, ids, 6, **HOW["γ = 4"])
+    broken.alpha = 0.0
+    wanted = greedy(broken, ids, 6, decoding="composite")
+    for how in (HOW["γ = 4"], HOW["parallel"]):
+        assert greedy(broken, ids, 6, **how) == wanted

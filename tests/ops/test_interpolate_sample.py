@@ -335,3 +335,25 @@ def test_alpha_outside_0_to_1_on_cuda(device, on_cuda):
         assert tokens[0] >= 0 and tokens[1:].tolist() == [-1, -1, -1]
     assert ops.interpolate_argmax(base, memory, alpha)[1:].tolist() == [-1, -1, -1]
     assert ops.interpolate(base, memory, alpha).isnan().all(-1).tolist() == [False, True, True, True]
+
+
+def test_numbers_at_the_edges(device):
+    """Temperatures that float32 does not hold, and more tokens to keep than there can be."""
+    z = torch.tensor([[0.0, 1.0, 3.0, -math.inf]], device=device)
+    for temperature, wanted in ((1e-39, {2}), (1e-300, {2}), (1e44, {0, 1, 2})):
+        tokens = {int(ops.interpolate_sample(z, z, 0.5, seed=seed, temperature=temperature)) for seed in range(20)}
+        assert tokens == wanted, temperature
+    all_kept = ops.interpolate_sample(z, z, 0.5, seed=1, top_k=2**63)
+    assert all_kept == ops.interpolate_sample(z, z, 0.5, seed=1, top_k=4)
+
+
+def test_seeds_whose_memory_was_freed_are_refused():
+    z, freed = torch.randn(2, 9), torch.tensor([4, 5])
+    freed.untyped_storage().resize_(0)
+    for name in ("seed", "offset"):
+        with pytest.raises(ValueError, match=f"{name}: the tensor's memory was freed"):
+            ops.interpolate_sample(z, z, 0.5, **({"seed": 1} | {name: freed}))
+
+
+def test_no_rows_in_the_reference():
+    assert reference.interpolate_sample(torch.zeros(0, 9), torch.zeros(0, 9), 0.5, seed=0).shape == (0,)

@@ -269,6 +269,7 @@ def test_errors_name_the_argument(op):
         (torch.tensor([0.5, NAN]), ValueError, "alpha holds .*nan.* at position 1, wanted 0 to 1"),
         (torch.zeros(3), ValueError, r"alpha: got shape \(3,\), wanted a number or a tensor that broadcasts to \(2,\)"),
         (torch.zeros(2, dtype=torch.int64), TypeError, r"alpha: got torch\.int64"),
+        (torch.tensor(0.5, device="meta"), ValueError, "alpha: got device meta, wanted cpu"),
     ):
         with pytest.raises(error, match=message):
             op(base, memory, alpha)

@@ -606,3 +606,12 @@ def test_debug_checks_values_as_the_cpu_does():
         with pytest.raises(ValueError) as checked:
             check(ids, given, 5)
         assert str(on_cpu.value) == f"verify_draft: {checked.value}"
+
+
+def test_drafts_whose_memory_was_freed_are_refused():
+    base, memory, drafts = case(2, 2, 9, torch.float32)
+    for name in ("draft_ids", "draft_lengths"):
+        freed = {"draft_ids": drafts.clone(), "draft_lengths": torch.tensor([1, 2])}[name]
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=f"{name}: the tensor's memory was freed"):
+            ops.verify_draft(base, memory, alpha=0.5, seed=0, **({"draft_ids": drafts} | {name: freed}))

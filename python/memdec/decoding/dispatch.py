@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from memdec.decoding import engine, graphs
 from memdec.decoding.packing import packed_linears
@@ -53,7 +53,8 @@ def run(
         reason = f"{', '.join(names)} was given"
     max_length = min(length for length in (criteria.max_length, config.max_length) if length is not None)
     short = _short_memory(model, max_length)
-    if reason is None and short and request.decoding == "auto":
+    goes_on = not _has_position_table(model.memory)
+    if reason is None and short and request.decoding == "auto" and goes_on:
         reason = short
     if reason is not None:
         level = logging.INFO if request.decoding == "auto" else logging.WARNING
@@ -62,10 +63,10 @@ def run(
         LOGGER.log(level, "decoding=%r goes one token at a time, as composite: %s", request.decoding, reason)
         return reason
     if short:
-        raise MemdecError(
-            f"{short}; ask for fewer new tokens, shorten the prompt, or decode with decoding='composite', which goes "
-            "on beyond what the memory was made for."
-        )
+        further = "decode with decoding='composite', which goes on beyond what the memory was made for"
+        if not goes_on:
+            further = "disable the memory (its positions are a table, which ends there)"
+        raise MemdecError(f"{short}; ask for fewer new tokens, shorten the prompt, or {further}.")
     uncaptured = graphs.why_not(model, input_ids.device)
     if uncaptured is None:
         decode = graphs.decode
@@ -101,3 +102,11 @@ def _short_memory(model: Any, max_length: int) -> str | None:
     if memory is None or max_length <= memory or (base is not None and base <= memory):
         return None
     return f"the memory reads up to {memory} tokens (the base {base}), and the text may become {max_length} long"
+
+
+def _has_position_table(one: Any) -> bool:
+    """Whether a model has learned its positions, so that there are none beyond its context."""
+    context = getattr(one.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = (part for part in one.modules() if isinstance(part, nn.Embedding))
+    vocabulary = one.get_input_embeddings()
+    return any(table is not vocabulary and table.num_embeddings in (context, (context or 0) + 2) for table in tables)

@@ -331,7 +331,7 @@ def decode(
                 draft = interpolate_argmax(row_logits, row_logits, 1.0)
             else:
                 draft = interpolate_sample(row_logits, row_logits, 1.0, seed=seed, offset=offset + i, **drawing)
-            block = torch.cat([block, draft[:, None]], 1)
+            block = torch.cat([block, draft.clamp(min=0)[:, None]], 1)  # −1, of a row with a NaN, has no embedding
             if certain:
                 sure = coins[0][i] == 0 if coins else surely_likeliest(row_logits[0], alpha)
                 certain = sure and int(draft) >= 0  # −1: there was nothing to draw

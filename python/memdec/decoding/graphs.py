@@ -241,7 +241,7 @@ class Rounds:
         verified = verify_draft(
             base_logits,
             self.logits[:, : gamma + 1],
-            self.drafts[:, :gamma],
+            self.block[:, 1 : gamma + 1],
             self.alpha,
             draft_lengths=(self.left - 1).clamp(0, gamma),
             greedy=self.greedy,
@@ -380,11 +380,19 @@ def _seconds(start: Mark, end: Mark) -> float:
 
 
 def rounds_of(model: Any, rows: int, room: int, widest: int, warpers: Warpers | None) -> Rounds:
-    """Buffers and graphs for such a batch: those of before, where the weights are at the same addresses."""
+    """Buffers and graphs for such a batch: those of before, where the weights are of the same types at the same addresses."""
 
     def key() -> Any:
         tensors = [t for one in (model.base, model.memory) for t in (*one.parameters(), *one.buffers())]
-        return (rows, room, widest, warpers, model.alpha, compiling(), hash(tuple(t.data_ptr() for t in tensors)))
+        return (
+            rows,
+            room,
+            widest,
+            warpers,
+            model.alpha,
+            compiling(),
+            hash(tuple((t.data_ptr(), t.dtype) for t in tensors)),
+        )
 
     kept = _KEPT.setdefault(model, {})
     found = kept.pop(key(), None)

@@ -83,6 +83,9 @@ def why_not(
     unknown = {name for name, value in inputs.items() if value is not None} - KNOWN_INPUTS
     if unknown:
         return f"further model inputs: {', '.join(sorted(unknown))}"
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+        return "prompts that are padded on the right"
     cache = inputs.get(GENERATION_CACHE)
     if cache is not None and int(cache.get_seq_length()) > 0:
         return "the text goes on from a cache"

@@ -40,7 +40,8 @@ def aggregate_neighbors(
 
     Returns:
         N rows. Nothing is renormalised after a cut: ``residual`` holds the mass that was cut from each row. A row
-        without neighbours is empty, with residual 0. A token whose probability is 0 in float32 is not stored.
+        without neighbours is empty, with residual 0. A token whose probability is 0 in float32 is not stored
+        (on the CPU, below 1.2e-38).
 
     Raises:
         TypeError: a dtype that is not one of the above.

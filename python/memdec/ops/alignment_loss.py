@@ -83,6 +83,7 @@ def alignment_loss(
     checks.teacher(teacher, logits.shape[:-1].numel(), logits.shape[-1], logits.device)
     beta = checks.fraction("beta", beta)
     checks.reduction(reduction)
+    checks.int64("ignore_index", ignore_index)
     arrays = (teacher.indptr, teacher.token_ids, teacher.probs)
     if is_traced(logits, labels, *arrays):
         checks.tokens("labels", labels, logits.shape[:-1], logits)

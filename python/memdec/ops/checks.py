@@ -154,6 +154,15 @@ def count(name: str, value: int, least: int = 0) -> int:
     return value
 
 
+def int64(name: str, value: int) -> int:
+    """``value`` is an integer of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted an int")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: got {value}, wanted a number of 64 bits")
+    return value
+
+
 def reduction(value: str) -> None:
     """``value`` is one of "mean", "sum", "none"."""
     if value not in REDUCTIONS:
@@ -170,7 +179,7 @@ def alpha(value: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
         return fraction("alpha", value), None
     floats("alpha", value)
     rows = logits.shape[:-1]
-    if value.dim() > 0:
+    if value.dim() > 0 or not (value.is_cpu or value.is_cuda):
         same_device("alpha", value, "the logits", logits)
     backwards = zip(reversed(value.shape), reversed(rows), strict=False)
     if value.dim() > len(rows) or any(mine not in (1, wanted) for mine, wanted in backwards):

@@ -69,7 +69,7 @@ def interpolate_sample(
     plain = plain_pair(base_logits, memory_logits, alpha)
     value, alphas = (plain[2], None) if plain else checked(base_logits, memory_logits, alpha)
     temperature = checks.positive("temperature", temperature)
-    checks.count("top_k", top_k)
+    top_k = min(checks.count("top_k", top_k), checks.MAX_VOCABULARY)
     top_p, min_p = checks.fraction("top_p", top_p), checks.fraction("min_p", min_p)
     seed, seeds = checks.per_row("seed", seed, base_logits)
     offset, offsets = checks.per_row("offset", offset, base_logits)
@@ -120,8 +120,8 @@ def _drawn(
     offset: int,
     offsets: Tensor | None,
 ) -> Tensor:
-    seeds, *seed_rows = key_rows(seeds)
-    offsets, *offset_rows = key_rows(offsets)
+    seeds, *seed_rows = key_rows("seed", seeds)
+    offsets, *offset_rows = key_rows("offset", offsets)
     launch.run(
         _C.interpolate_sample,
         out.device,

@@ -91,6 +91,7 @@ def linear_alignment_loss(
         (torch.Size([2, 8]), torch.Size([4, 8]))
     """
     beta, compute = _check(hidden, weight, labels, teacher, bias, beta, reduction)
+    checks.int64("ignore_index", ignore_index)
     arrays = (teacher.indptr, teacher.token_ids, teacher.probs)
     needed = [wants_grad(hidden), wants_grad(weight), wants_grad(bias)]
     if is_traced(hidden, weight, bias, labels, *arrays):

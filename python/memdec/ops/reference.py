@@ -235,7 +235,7 @@ def draws(seed: Tensor, offset: Tensor, stream: int, count: int) -> Tensor:
     low, high = (offset & _MASK32)[:, None] + zero, ((offset >> 32) & _MASK32)[:, None] + zero
     key = ((seed & _MASK32)[:, None] + zero, ((seed >> 32) & _MASK32)[:, None] + zero)
     words = philox((block + zero, zero + stream, low, high), key)
-    return torch.stack(words, -1).reshape(seed.numel(), -1)[:, :count]
+    return torch.stack(words, -1).flatten(1)[:, :count]
 
 
 def gumbel(draw: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

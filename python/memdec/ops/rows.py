@@ -147,6 +147,7 @@ def indices(tensor: torch.Tensor, logits: torch.Tensor, name: str, ignore_index:
         ValueError: not of the rows' shape, on another device, or (with ``MEMDEC_DEBUG=1`` on CUDA) out of range.
     """
     shape = logits.shape[:-1]
+    checks.tensor(name, tensor)
     if tensor.dtype != torch.int64:
         if tensor.dtype not in (torch.int32, torch.int16, torch.uint8, torch.int8):
             raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted int64; convert with .long()")
@@ -163,7 +164,7 @@ def indices(tensor: torch.Tensor, logits: torch.Tensor, name: str, ignore_index:
     return tensor.contiguous()
 
 
-def key_rows(keys: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+def key_rows(name: str, keys: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
     """Seeds or offsets as the extension takes them: a tensor to keep alive, its address and its stride.
 
     The stride is 1 for one a row, and 0 for one of all rows: a tensor of no dimensions, or None for a number that
@@ -172,4 +173,4 @@ def key_rows(keys: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
     if keys is None:
         return None, 0, 0
     keys = keys.contiguous()
-    return keys, keys.data_ptr(), int(keys.dim() > 0)
+    return keys, address(name, keys), int(keys.dim() > 0)

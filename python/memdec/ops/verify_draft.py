@@ -10,7 +10,7 @@ from memdec.ops import checks, launch, reference
 from memdec.ops.mixture import alpha_rows, described_pair
 from memdec.ops.reference import VerifiedDraft
 from memdec.ops.registration import is_traced, register
-from memdec.ops.rows import key_rows
+from memdec.ops.rows import address, key_rows
 
 
 def verify_draft(
@@ -87,7 +87,7 @@ def verify_draft(
     alpha, alphas = reference.check_draft(base_logits, memory_logits, draft_ids, alpha, draft_lengths)
     checks.kernels(base_logits=base_logits, memory_logits=memory_logits)
     temperature = checks.positive("temperature", temperature)
-    checks.count("top_k", top_k)
+    top_k = min(checks.count("top_k", top_k), checks.MAX_VOCABULARY)
     top_p, min_p = checks.fraction("top_p", top_p), checks.fraction("min_p", min_p)
     texts = base_logits[:, 0]
     seed, seeds = checks.per_row("seed", seed, texts)
@@ -139,8 +139,8 @@ def _kernel(
         _check_values(draft_ids, draft_lengths, base_logits.shape[-1])
     accepted = torch.empty(texts, dtype=torch.int64, device=device)
     next_token = torch.empty(texts, dtype=torch.int64, device=device)
-    seeds, *seed_rows = key_rows(seeds)
-    offsets, *offset_rows = key_rows(offsets)
+    seeds, *seed_rows = key_rows("seed", seeds)
+    offsets, *offset_rows = key_rows("offset", offsets)
     launch.run(
         _C.verify_draft,
         device,
@@ -150,8 +150,8 @@ def _kernel(
         alpha_address,
         texts,
         drafted,
-        draft_ids.data_ptr(),
-        0 if draft_lengths is None else draft_lengths.data_ptr(),
+        address("draft_ids", draft_ids),
+        0 if draft_lengths is None else address("draft_lengths", draft_lengths),
         greedy,
         temperature,
         top_k,
