@@ -380,7 +380,7 @@ def _seconds(start: Mark, end: Mark) -> float:
 
 
 def rounds_of(model: Any, rows: int, room: int, widest: int, warpers: Warpers | None) -> Rounds:
-    """Buffers and graphs for such a batch: those of before, where the weights are of the same types at the same addresses."""
+    """Buffers and graphs for such a batch: those of before, where the same types of weights have the same addresses."""
 
     def key() -> Any:
         tensors = [t for one in (model.base, model.memory) for t in (*one.parameters(), *one.buffers())]
