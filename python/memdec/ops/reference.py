@@ -326,7 +326,8 @@ def drawn_in_two(scores: Tensor, seeds: Tensor, offsets: Tensor) -> Tensor:
     broken = scores.isnan().any(-1)
     blocks = (vocab_size + DRAW_COLUMNS - 1) // DRAW_COLUMNS
     padding = (0, blocks * DRAW_COLUMNS - vocab_size)
-    masses = torch.nn.functional.pad(scores.double(), padding, value=-math.inf).reshape(rows, blocks, -1).logsumexp(-1)
+    padded = torch.nn.functional.pad(scores.double(), padding, value=-math.inf)
+    masses = padded.reshape(rows, blocks, DRAW_COLUMNS).logsumexp(-1)
     block = (masses + gumbel(draws(seeds, offsets, BLOCK_STREAM, blocks), torch.float64)).argmax(-1)
     others = torch.arange(vocab_size, device=scores.device) // DRAW_COLUMNS != block[:, None]
     noise = gumbel(draws(seeds, offsets, NOISE_STREAM, vocab_size), scores.dtype)
@@ -371,7 +372,7 @@ def draft_law(
         rest = (log_base.exp() - q).clamp(min=0)
     else:
         warped = [
-            warp(x.reshape(-1, shape[-1]), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+            warp(x.flatten(0, -2), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             for x in (log_mix, log_memory)
         ]
         p, q = (x.softmax(-1).reshape(shape) for x in warped)
