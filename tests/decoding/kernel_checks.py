@@ -89,29 +89,38 @@ def check_rotate_and_store(
     slots = torch.stack([torch.randperm(room)[:count] for _ in range(rows)]).to(device)
     weights = [numbers(device, dtype, dim, seed=seed) for seed in (2, 3)]
     before = [numbers(device, dtype, rows, key_heads, room, dim, seed=seed).contiguous() for seed in (4, 5)]
-    for norms in (None, (weights[0], weights[1], 1e-6)):
-        results = []
-        for run, precise in ((fast.rotate_and_store, False), (kernels.plain_rotate_and_store, False), (None, True)):
-            given = [merged, cos, sin, *(store.clone() for store in before)]
-            wide = norms
-            if precise:
-                given = [tensor.double() for tensor in given]
-                wide = None if norms is None else (norms[0].double(), norms[1].double(), norms[2])
-            run = run or kernels.plain_rotate_and_store
-            queries = run(*given[:3], slots, *given[3:], wide)
-            assert queries.is_contiguous()
-            results.append((queries, given[3], given[4]))
-        for tensors in zip(*results, strict=True):
-            assert_near(*tensors)
-        assert torch.equal(results[0][2], results[1][2])  # values
-        untouched = torch.ones(rows, room, dtype=torch.bool, device=device).scatter_(1, slots, False)
-        kept = untouched[:, None].expand(-1, key_heads, -1)
-        assert torch.equal(results[0][1][kept], before[0][kept])
+    check_with_stores(fast, "rotate_and_store", (merged, cos, sin, slots), before, (), weights)
 
 
 def in_double(*given: Any) -> list[Any]:
     """Of tensors of floating point, copies in float64."""
     return [one.double() if isinstance(one, Tensor) and one.is_floating_point() else one for one in given]
+
+
+def check_with_stores(
+    fast: Any, name: str, given: tuple[Any, ...], before: list[Tensor], further: tuple[Any, ...], weights: list[Tensor]
+) -> None:
+    """What a kernel says and leaves in copies of the stores, with norms and without; other slots stay as they were."""
+    rows, key_heads, room, _ = before[0].shape
+    slots = given[3]
+    plain = getattr(kernels, f"plain_{name}")
+    for norms in (None, (weights[0], weights[1], 1e-6)):
+        results = []
+        for run, precise in ((getattr(fast, name), False), (plain, False), (plain, True)):
+            arguments = [*given, *(store.clone() for store in before), *further]
+            wide = norms
+            if precise:
+                arguments = in_double(*arguments)
+                wide = None if norms is None else tuple(in_double(*norms))
+            out = run(*arguments, wide)
+            assert out.is_contiguous()
+            results.append((out, arguments[4], arguments[5]))
+        for tensors in zip(*results, strict=True):
+            assert_near(*tensors)
+        assert torch.equal(results[0][2], results[1][2])  # values
+        untouched = torch.ones(rows, room, dtype=torch.bool, device=slots.device).scatter_(1, slots, False)
+        kept = untouched[:, None].expand(-1, key_heads, -1)
+        assert torch.equal(results[0][1][kept], before[0][kept])
 
 
 def check_linear(fast: Any, device: str, dtype: torch.dtype, rows: int, width: int, outputs: int) -> None:
@@ -149,27 +158,7 @@ def check_cached_attention(
     slots, hidden = slots.to(device), hidden.to(device)
     weights = [numbers(device, dtype, dim, seed=seed) for seed in (2, 3)]
     before = [numbers(device, dtype, rows, key_heads, room, dim, seed=seed).contiguous() for seed in (4, 5)]
-    for norms in (None, (weights[0], weights[1], 1e-6)):
-        results = []
-        for run, precise in (
-            (fast.cached_attention, False),
-            (kernels.plain_cached_attention, False),
-            (kernels.plain_cached_attention, True),
-        ):
-            given = [merged, cos, sin, slots, *(store.clone() for store in before), hidden, dim**-0.5]
-            wide = norms
-            if precise:
-                given = in_double(*given)
-                wide = None if norms is None else tuple(in_double(*norms))
-            out = run(*given, wide)
-            assert out.is_contiguous()
-            results.append((out, given[4], given[5]))
-        for tensors in zip(*results, strict=True):
-            assert_near(*tensors)
-        assert torch.equal(results[0][2], results[1][2])  # values
-        untouched = torch.ones(rows, room, dtype=torch.bool, device=device).scatter_(1, slots, False)
-        kept = untouched[:, None].expand(-1, key_heads, -1)
-        assert torch.equal(results[0][1][kept], before[0][kept])
+    check_with_stores(fast, "cached_attention", (merged, cos, sin, slots), before, (hidden, dim**-0.5), weights)
 
 
 def check_a_shared_slot(fast: Any, device: str, dtype: torch.dtype) -> None:

@@ -53,8 +53,8 @@ def run(
         reason = f"{', '.join(names)} was given"
     max_length = min(length for length in (criteria.max_length, config.max_length) if length is not None)
     short = _short_memory(model, max_length)
-    goes_on = not _has_position_table(model.memory)
-    if reason is None and short and request.decoding == "auto" and goes_on:
+    ends = bool(short) and _has_position_table(model.memory)
+    if reason is None and short and request.decoding == "auto" and not ends:
         reason = short
     if reason is not None:
         level = logging.INFO if request.decoding == "auto" else logging.WARNING
@@ -64,7 +64,7 @@ def run(
         return reason
     if short:
         further = "decode with decoding='composite', which goes on beyond what the memory was made for"
-        if not goes_on:
+        if ends:
             further = "disable the memory (its positions are a table, which ends there)"
         raise MemdecError(f"{short}; ask for fewer new tokens, shorten the prompt, or {further}.")
     uncaptured = graphs.why_not(model, input_ids.device)

@@ -395,14 +395,16 @@ def rounds_of(model: Any, rows: int, room: int, widest: int, warpers: Warpers | 
         )
 
     kept = _KEPT.setdefault(model, {})
-    found = kept.pop(key(), None)
+    wanted = key()
+    found = kept.pop(wanted, None)
     if found is None:
         while len(kept) >= KEPT:
             oldest = kept.pop(next(iter(kept)))
             if oldest.streams is not None:
                 oldest.streams[0].synchronize()  # its graphs may be running
         found = Rounds(model, rows, room, widest, warpers)
-    kept[key()] = found  # the first buffers of a model move weights: see fused_step
+        wanted = key()  # the first buffers of a model move weights: see fused_step
+    kept[wanted] = found
     return found
 
 

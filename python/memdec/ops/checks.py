@@ -147,8 +147,7 @@ def positive(name: str, value: float) -> float:
 
 def count(name: str, value: int, least: int = 0) -> int:
     """``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted an int")
+    _integer(name, value)
     if value < least:
         raise ValueError(f"{name}: got {value}, wanted at least {least}")
     return value
@@ -156,11 +155,15 @@ def count(name: str, value: int, least: int = 0) -> int:
 
 def int64(name: str, value: int) -> int:
     """``value`` is an integer of 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted an int")
+    _integer(name, value)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: got {value}, wanted a number of 64 bits")
     return value
+
+
+def _integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted an int")
 
 
 def reduction(value: str) -> None:
