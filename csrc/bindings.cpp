@@ -5,7 +5,9 @@
 // Every op's last argument says where it runs: the number of CPU threads, or (device, stream, workspace, workspace bytes) for
 // CUDA. An op that is given too little workspace does nothing but return how much it wants; otherwise it runs and returns 0.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 
@@ -317,6 +319,37 @@ PYBIND11_MODULE(_C, m) {
          .offsets_stride = offsets_stride,
          .accepted = pointer<int64_t>(accepted),
          .next = pointer<int64_t>(next)},
+        launch);
+  });
+  m.def("decode_step", [](int dtype, int64_t texts, int64_t tokens, const std::array<int64_t, 7>& shape, int64_t room, int64_t filled,
+                          uintptr_t layer, double epsilon, double scale, uintptr_t embedded, uintptr_t cos, uintptr_t sin, uintptr_t mask,
+                          int64_t mask_stride, uintptr_t norm, uintptr_t head, uintptr_t head_bias, uintptr_t logits, const Launch& launch) {
+    const auto [layers, hidden, heads, key_heads, dim, inner, vocab] = shape;
+    return run("decode_step", memdec::decode_step,
+        {.dtype = static_cast<memdec::DType>(dtype),
+         .texts = texts,
+         .tokens = tokens,
+         .layers = layers,
+         .hidden = hidden,
+         .heads = heads,
+         .key_heads = key_heads,
+         .dim = dim,
+         .inner = inner,
+         .vocab = vocab,
+         .room = room,
+         .filled = filled,
+         .layer = pointer<const memdec::StepLayer>(layer),
+         .epsilon = epsilon,
+         .scale = scale,
+         .embedded = pointer(embedded),
+         .cos = pointer(cos),
+         .sin = pointer(sin),
+         .mask = pointer<const int64_t>(mask),
+         .mask_stride = mask_stride,
+         .norm = pointer(norm),
+         .head = pointer(head),
+         .head_bias = pointer(head_bias),
+         .logits = pointer(logits)},
         launch);
   });
   m.def("interpolate_sparse", [](const Rows& base, const SparseRows& teacher, double alpha, uintptr_t alphas, uintptr_t log_probs,

@@ -283,6 +283,36 @@ struct VerifyDraft {
 };
 Status verify_draft(const VerifyDraft& op, const Launch& launch);
 
+// The weights of a layer of a model of Llama's kind, (outputs, inputs) each, contiguous and of one dtype, and its cache.
+// It comes from Python as a table of addresses.
+struct StepLayer {
+  const void *input_norm, *query, *query_bias, *key, *key_bias, *value, *value_bias;  // biases: or null
+  const void *query_norm, *key_norm;                                                  // (dim,) of each head, or null
+  const void *output, *output_bias, *attended_norm, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
+  void *keys, *values;  // (texts, key heads, room, dim)
+};
+
+// Logits after each of a few new tokens of each text, whose keys and values go into the cache behind the `filled` that it holds.
+// CPU only; a GPU's steps are made of the kernels in python/memdec/decoding/triton_kernels.py.
+struct DecodeStep {
+  DType dtype;  // float32, bfloat16 or float16
+  int64_t texts, tokens;
+  int64_t layers, hidden, heads, key_heads, dim, inner, vocab;
+  int64_t room, filled;  // filled + tokens ≤ room
+  const StepLayer* layer;
+  double epsilon;          // of all norms
+  double scale;            // of the scores
+  const void* embedded;    // (texts, tokens, hidden)
+  const void *cos, *sin;   // (texts, tokens, dim)
+  const int64_t* mask;     // (texts, filled + tokens), 0 where nobody looks, or null
+  int64_t mask_stride;     // elements between texts
+  const void* norm;        // (hidden,)
+  const void* head;        // (vocab, hidden)
+  const void* head_bias;   // (vocab,), or null
+  void* logits;            // (texts, tokens, vocab) out
+};
+Status decode_step(const DecodeStep& op, const Launch& launch);
+
 // log(α·(q + (1−m)·p) + (1−α)·p), p = softmax(base), q the teacher's row and m its mass: the kNN-LM.
 struct InterpolateSparse {
   Rows base;             // (N, V)

@@ -112,5 +112,6 @@ MEMDEC_CPU_OP(interpolate_argmax, InterpolateArgmax)
 MEMDEC_CPU_OP(interpolate_sample, InterpolateSample)
 MEMDEC_CPU_OP(interpolate_sparse, InterpolateSparse)
 MEMDEC_CPU_OP(verify_draft, VerifyDraft)
+MEMDEC_CPU_OP(decode_step, DecodeStep)
 
 }  // namespace memdec

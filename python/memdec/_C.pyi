@@ -146,3 +146,27 @@ def verify_draft(
 def interpolate_sparse(
     base: _Rows, teacher: _Sparse, alpha: float, alphas: int, log_probs: int, launch: _Launch, /
 ) -> int: ...
+
+# shape: layers, hidden, heads, key heads, width of a head, width of the MLP, vocabulary
+def decode_step(
+    dtype: int,
+    texts: int,
+    tokens: int,
+    shape: tuple[int, ...],
+    room: int,
+    filled: int,
+    layer: int,
+    epsilon: float,
+    scale: float,
+    embedded: int,
+    cos: int,
+    sin: int,
+    mask: int,
+    mask_stride: int,
+    norm: int,
+    head: int,
+    head_bias: int,
+    logits: int,
+    launch: _Launch,
+    /,
+) -> int: ...

@@ -471,7 +471,7 @@ def print_speed(speed: DecodeSpeed) -> None:
         table.add_column(column, justify="right", no_wrap=True)
 
     def cell(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
+        return "–" if value is None else format(value, form if value < 10 else ".1f")
 
     for timing in speed.timings:
         seconds = timing.seconds_per_token

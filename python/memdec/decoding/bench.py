@@ -18,20 +18,20 @@ from torch import Tensor
 from transformers.generation.configuration_utils import CompileConfig
 
 from memdec.decoding import engine, graphs
-from memdec.decoding.engine import Reader
-from memdec.decoding.packing import packed_linears
+from memdec.decoding.engine import Reader, continue_alone
 from memdec.decoding.plan import LONGEST_DRAFT, expected_tokens, speed_up
+from memdec.decoding.stepping import quick_steps
 from memdec.errors import MemdecError
 from memdec.modeling.memory_model import MemoryModel
 from memdec.ops import verify_draft
 from memdec.ops.reference import VerifiedDraft
 
-PACKED = "base alone, packed"  # the base as our engine runs it on the CPU: see memdec.decoding.packing
+OURS = "base alone, our steps"  # the base as our engine runs it on the CPU: see memdec.decoding.stepping
 CAPTURED = "base alone, captured"  # and on a GPU: over fixed buffers, a step a CUDA graph
 COMPILED = "base alone, static and compiled"
 BOTH = "base alone, captured, compiled"
 FIRST = "first token, "  # before a way's name: a run of one token
-BASE_RIVALS = ("base alone", "base alone, static", COMPILED, PACKED, CAPTURED, BOTH)
+BASE_RIVALS = ("base alone", "base alone, static", COMPILED, OURS, CAPTURED, BOTH)
 
 # Shapes of Qwen2.5 (config.json of each), for random weights. The 7B's 128 columns of padding are left out, so that all
 # have one vocabulary.
@@ -107,7 +107,7 @@ class DecodeSpeed:
         timings: one a way.
         alpha: weight of the memory.
         cost_ratio: c, a step of the memory alone over one of the base alone, both in transformers' generate after its
-            first token, with packed weights where these pay; on a GPU both as CUDA graphs.
+            first token, in steps of ours; on a GPU both as CUDA graphs.
         verify: v(n) for n = 1, 2, …: a base forward of n tokens over one of one, likewise.
         settings: prompts, tokens, repeats, dtype, device, threads, versions.
     """
@@ -162,10 +162,10 @@ def measure(
     def greedy(tokens: int) -> dict[str, Any]:
         return {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
 
-    base, memory = model.base, model.memory
+    base, memory, width = model.base, model.memory, model.config.vocab_size
     static = {"cache_implementation": "static"}
     on_gpu = base.device.type == "cuda"
-    alone = CAPTURED if on_gpu else PACKED
+    alone = CAPTURED if on_gpu else OURS
     ways: dict[str, tuple[str, Callable[[int, Tensor], Any]]] = {
         "base alone": ("base", lambda n, ids: base.generate(ids, **greedy(n))),
         COMPILED: (
@@ -185,8 +185,8 @@ def measure(
             "base",
             lambda n, ids: base.generate(ids, disable_compile=True, **static, **greedy(n)),
         )
-        ways[PACKED] = ("base", lambda n, ids: _generate_packed(base, ids, greedy(n)))
-        ways["memory alone"] = ("memory", lambda n, ids: _generate_packed(memory, ids, greedy(n)))
+        ways[OURS] = ("base", lambda n, ids: _generate_alone(base, ids, n, width))
+        ways["memory alone"] = ("memory", lambda n, ids: _generate_alone(memory, ids, n, width))
     if acceptance is None:  # transformers' drafts cannot be forced
         ways["assisted (transformers)"] = (
             "base",
@@ -241,8 +241,8 @@ def measure(
         cost_ratio = singles["memory"].forward_seconds(1) / verify[1]
         verify = {n: found / verify[1] for n, found in verify.items()}
     else:
-        cost_ratio = nexts["memory alone"] / nexts[PACKED]
-        with packed_linears(base):
+        cost_ratio = nexts["memory alone"] / nexts[OURS]
+        with quick_steps(base):
             verify = verify_costs(model, prompts[0], widest)
     unit = nexts[alone] / best_next if alone in nexts else 1.0  # of the formula, in runs of the best base
     rate = copy_bandwidth(base.device) if on_gpu else None
@@ -503,9 +503,10 @@ def _compiled(run: Callable[[int, Tensor], Any]) -> Callable[[int, Tensor], Any]
     return compiled
 
 
-def _generate_packed(model: Any, ids: Tensor, options: dict[str, Any]) -> Any:
-    with packed_linears(model):
-        return model.generate(ids, **options)
+def _generate_alone(model: Any, ids: Tensor, new_tokens: int, vocab_size: int) -> Tensor:
+    with quick_steps(model):
+        reader = Reader(model, ids.shape[1] + new_tokens, vocab_size)
+        return continue_alone(reader, ids, new_tokens, lambda logits: logits.argmax(-1))
 
 
 def _compile_anywhere() -> Any:

@@ -34,25 +34,26 @@ class RollbackLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.stores = [x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Appends, and gives all that is there."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, stop = self.length, self.length + key_states.shape[-2]
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many tokens behind those that count; where, :meth:`lazy_initialization` must have said."""
+        stop = self.length + tokens
         if stop > self.room:
             self.room = max(stop, 2 * self.room)
             self.stores = [
                 torch.cat([old, old.new_zeros(*old.shape[:2], self.room - old.shape[2], old.shape[3])], 2)
                 for old in self.stores
             ]
-        for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store[:, :, start:stop] = states
-        self._cut(stop)
-        return self.keys, self.values
 
-    def _cut(self, length: int) -> None:
-        self.length = length
-        self.keys, self.values = (store[:, :, :length] for store in self.stores)
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Appends, and gives all that is there."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.reserve(key_states.shape[-2])
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, start : self.length] = states
+        self.keys, self.values = (store[:, :, : self.length] for store in self.stores)
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Tokens that count."""
@@ -60,13 +61,12 @@ class RollbackLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens; a negative number, as transformers has it."""
-        if self.is_initialized and tokens_to_remove:
-            self._cut(self.length - abs(tokens_to_remove))
+        if self.is_initialized:
+            self.length -= abs(tokens_to_remove)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given rows."""
         self.stores = [store[indices] for store in self.stores]
-        self._cut(self.length)
 
 
 def can_roll_back(model: Any) -> bool:

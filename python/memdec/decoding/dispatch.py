@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from memdec.decoding import engine, graphs
-from memdec.decoding.packing import packed_linears
 from memdec.decoding.plan import FIRST_DRAFT, Estimates
+from memdec.decoding.stepping import quick_steps
 from memdec.decoding.support import warpers_of, why_not
 from memdec.errors import MemdecError
 from memdec.modeling.cache import GENERATION_CACHE
@@ -78,7 +78,7 @@ def run(
     known = estimates.setdefault(key, Estimates())
     fixed = {"parallel": 0, "speculative": request.draft_tokens or FIRST_DRAFT}
     pad = config._pad_token_tensor
-    with packed_linears(model.base, model.memory):
+    with quick_steps(model.base, model.memory):
         return decode(
             model,
             input_ids,

@@ -28,6 +28,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from memdec.decoding.cache import rollback_cache
 from memdec.decoding.plan import LONGEST_RUN, Estimates
+from memdec.decoding.stepping import MOST_ROWS, step_of
 from memdec.decoding.support import Warpers
 from memdec.errors import MemdecError
 from memdec.modeling.cache import cache_name
@@ -53,9 +54,12 @@ class Reader:
         self.device = input_device(model)
         self.takes_positions = takes(model, "position_ids")
         self.keeps = takes(model, "logits_to_keep")
+        self.step = step_of(model) if cache is None else None
 
     def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, *, last_only: bool = False) -> Tensor:
         """Logits (B, n, V) after each of the tokens (B, n); `mask` covers all that the cache then holds."""
+        if self.step is not None and tokens.numel() <= MOST_ROWS:
+            return self.step(tokens, positions, mask, self.cache, self.vocab_size)
         given: dict[str, Any] = {"input_ids": tokens.to(self.device), self.cache_name: self.cache, "use_cache": True}
         if mask is not None:
             given["attention_mask"] = mask.to(self.device)
@@ -65,6 +69,23 @@ class Reader:
             given["logits_to_keep"] = 1
         logits: Tensor = self.forward(**given, return_dict=True).logits
         return logits[..., : self.vocab_size]
+
+
+def continue_alone(
+    reader: Reader,
+    unread: Tensor,  # (1, n) ids that follow what the reader has read
+    new_tokens: int,
+    choose: Callable[[Tensor], Tensor],  # logits (1, V) to ids (1,)
+) -> Tensor:  # (1, new_tokens)
+    """The next tokens of one model, one by one; the reader has then read all but the last of them."""
+    made: list[Tensor] = []
+    for _ in range(new_tokens):
+        start = reader.cache.get_seq_length()
+        positions = torch.arange(start, start + unread.shape[1], device=unread.device)[None]
+        logits = reader.read(unread, None, positions, last_only=True)[:, -1]
+        unread = choose(logits).to(unread.device)[:, None]
+        made.append(unread)
+    return torch.cat(made, 1)
 
 
 def row_seeds(rows: int, device: torch.device) -> Tensor:

@@ -35,7 +35,7 @@ from memdec.decoding.cache import slot_cache
 from memdec.decoding.engine import ROOM, Continuations, Reader, row_seeds
 from memdec.decoding.fusing import fused_step
 from memdec.decoding.plan import LONGEST_DRAFT, Estimates
-from memdec.decoding.support import Warpers
+from memdec.decoding.support import Warpers, why_not_itself
 from memdec.modeling.decode import Decode
 from memdec.modeling.structure import input_device, takes
 from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
@@ -62,19 +62,15 @@ def why_not(model: Any, device: torch.device) -> str | None:
     for name, one in (("base", model.base), ("memory", model.memory)):
         if any(tensor.device != device for tensor in one.parameters()):
             return f"the {name} is on another device, or spread over several"
-        if one.training:
-            return f"the {name} is in training mode"
+        beside = why_not_itself(one)
+        if beside is not None:
+            return f"the {name} {beside}"
         if not takes(one, "position_ids"):
             return f"the {name} has no position_ids"
         if not getattr(one, "_can_compile_fullgraph", False) or one.config._attn_implementation not in ATTENTION:
             return f"the {name}'s attention is not made for static caches ({one.config._attn_implementation})"
-        for module in one.modules():
-            if type(module).__module__.startswith("peft."):
-                return f"the {name} has an adapter, which may be switched"
-            if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-                return f"the {name} has hooks"
-            if any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope")):
-                return f"the {name}'s rotary embedding looks at the positions"
+        if any(kind in str(getattr(m, "rope_type", "")) for m in one.modules() for kind in ("dynamic", "longrope")):
+            return f"the {name}'s rotary embedding looks at the positions"
     return None
 
 

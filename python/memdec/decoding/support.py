@@ -103,3 +103,15 @@ def why_not(
         if one._is_stateful or not can_roll_back(one):
             return f"the {name}'s cache cannot take tokens back (sliding windows, or a state)"
     return None
+
+
+def why_not_itself(one: Any) -> str | None:
+    """What one of the models does beside what its weights and its class say; None where that is all."""
+    if one.training:
+        return "is in training mode"
+    for module in one.modules():
+        if type(module).__module__.startswith("peft."):
+            return "has an adapter, which may be switched"
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return "has hooks"
+    return None

@@ -9,8 +9,8 @@ set against the base's of the same turn, so that a machine that grows slower dur
     RAG                       a search every 4 tokens; where it finds other passages, they and the text are read anew
     base + memory             as `MemoryModel.generate` decodes
 
-All of ours run with the same caches and, on the CPU, the same packed weights (`memdec.decoding.packing`), so that what
-is compared is the methods. Times hold the reading of the prompt.
+All of ours run with the same caches and, on the CPU, in the same quick steps (`memdec.decoding.stepping`), but for the
+kNN-LM, whose key has to be caught within the model's own forward. Times hold the reading of the prompt.
 
     >>> figures = measure(                                                               # doctest: +SKIP
     ...     {"base": plain_decoder(model), "memory": memory_decoder(pair, "speculative")}, prompts, new_tokens=64
@@ -33,8 +33,8 @@ from transformers.cache_utils import DynamicCache
 
 from memdec.decoding.bench import take_turns
 from memdec.decoding.cache import can_roll_back
-from memdec.decoding.engine import Reader
-from memdec.decoding.packing import packed_linears
+from memdec.decoding.engine import Reader, continue_alone
+from memdec.decoding.stepping import quick_steps
 from memdec.errors import MemdecError
 from memdec.evaluation.rag import EVERY, QUERY_TOKENS, Retriever, check_room
 from memdec.modeling.keys import captured_inputs, hidden_and_keys
@@ -128,9 +128,9 @@ def plain_decoder(model: Any) -> Decoder:
 
     @torch.no_grad()
     def decode(prompt: Tensor, new_tokens: int) -> Tensor:
-        with packed_linears(model):
+        with quick_steps(model):
             reader = _reader(model, prompt.shape[1] + new_tokens, width)
-            return _continue(reader, prompt, new_tokens, _likeliest)
+            return continue_alone(reader, prompt, new_tokens, _likeliest)
 
     return decode
 
@@ -201,7 +201,7 @@ def knn_decoder(
 
     @torch.no_grad()
     def decode(prompt: Tensor, new_tokens: int) -> Tensor:
-        with packed_linears(model), captured_inputs(module) as captured:
+        with captured_inputs(module) as captured, quick_steps(model):
 
             def choose(logits: Tensor) -> Tensor:
                 # Some models flatten the positions before their MLP: the last one's key is the last row either way.
@@ -216,7 +216,7 @@ def knn_decoder(
                 return interpolate_sparse(logits, teacher.to(logits.device), weight).argmax(-1)
 
             reader = _reader(model, prompt.shape[1] + new_tokens, width)
-            return _continue(reader, prompt, new_tokens, choose)
+            return continue_alone(reader, prompt, new_tokens, choose)
 
     return decode
 
@@ -255,7 +255,7 @@ def rag_decoder(
         length = prompt.shape[1] + new_tokens
         reader: Reader | None = None
         read: tuple[tuple[int, ...], int] | None = None
-        with packed_linears(model):
+        with quick_steps(model):
             while text.shape[1] < length:
                 found = retriever.search(text[0, -query_tokens:].cpu(), passages)
                 prefix = retriever.prefix(found)[None].to(text.device)
@@ -268,7 +268,7 @@ def rag_decoder(
                     read = (found, start)
                 else:
                     unread = text[:, -1:]
-                new = _continue(reader, unread, min(every, length - text.shape[1]), _likeliest)
+                new = continue_alone(reader, unread, min(every, length - text.shape[1]), _likeliest)
                 text = torch.cat([text, new], 1)
         return text[:, prompt.shape[1] :]
 
@@ -281,23 +281,6 @@ def _reader(model: Any, room: int, width: int) -> Reader:
     if not can_roll_back(model):  # nothing is taken back here, so that the model's own kind of cache will do
         reader.cache = DynamicCache(config=text_config(model))
     return reader
-
-
-def _continue(
-    reader: Reader,
-    unread: Tensor,  # (1, n) ids that follow what the reader has read
-    new_tokens: int,
-    choose: Callable[[Tensor], Tensor],  # logits (1, V) to ids (1,)
-) -> Tensor:  # (1, new_tokens)
-    """The next tokens, one by one; the reader has then read all but the last of them."""
-    made: list[Tensor] = []
-    for _ in range(new_tokens):
-        start = reader.cache.get_seq_length()
-        positions = torch.arange(start, start + unread.shape[1], device=unread.device)[None]
-        logits = reader.read(unread, None, positions, last_only=True)[:, -1]
-        unread = choose(logits).to(unread.device)[:, None]
-        made.append(unread)
-    return torch.cat(made, 1)
 
 
 def _likeliest(logits: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""A step of a model on the CPU in one call of the extension, for the families whose blocks are Llama's.
+
+As transformers writes it, a step of a small model is a thousand calls of PyTorch, between which the memory is idle, and
+the reading of the weights is less than half of its time. Here the extension is told where the weights and the cache
+lie, and does the rest: see csrc/cpu/decode_step.cpp. Nothing is copied, and no weight is rearranged.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from memdec import _C
+from memdec.decoding.fusing import qualifies
+from memdec.decoding.packing import packed_linears
+from memdec.decoding.support import why_not_itself
+from memdec.ops.launch import run
+from memdec.ops.rows import DTYPE_CODES
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_ROWS = 16  # texts times tokens; of more, PyTorch's products are the faster ones
+
+_STEPS: WeakKeyDictionary[nn.Module, CpuStep] = WeakKeyDictionary()
+
+
+@contextmanager
+def quick_steps(*models: Any) -> Iterator[None]:
+    """Within it, steps of `models` that lie on the CPU are quick ones: :func:`step_of`, or else packed products."""
+    others = []
+    for model in models:
+        step = cpu_step(model)
+        if step is None:
+            _STEPS.pop(model, None)
+            others.append(model)
+        else:
+            _STEPS[model] = step
+    try:
+        with packed_linears(*others):
+            yield
+    finally:
+        for model in models:
+            _STEPS.pop(model, None)
+
+
+def step_of(model: Any) -> CpuStep | None:
+    """The model's step, within :func:`quick_steps` and where it has one."""
+    return _STEPS.get(model)
+
+
+def cpu_step(model: Any) -> CpuStep | None:
+    """A step of a model on the CPU; None where it is elsewhere or does not compute what such a step does.
+
+    ``MEMDEC_STEP=0`` in the environment does without.
+    """
+    if os.environ.get("MEMDEC_STEP", "") == "0" or torch.is_autocast_enabled("cpu"):
+        return None
+    if next(model.parameters()).device.type != "cpu" or why_not_itself(model) is not None:
+        return None
+    if not qualifies(model) or type(model.lm_head) is not nn.Linear:
+        return None
+    weights = list(model.parameters())
+    if any(not weight.is_cpu or not weight.is_contiguous() for weight in weights) or weights[0].dtype not in DTYPES:
+        return None
+    if len({part.variance_epsilon for part in model.modules() if hasattr(part, "variance_epsilon")}) != 1:
+        return None
+    return CpuStep(model)
+
+
+class CpuStep:
+    """A forward of few tokens of a model that :func:`cpu_step` lets pass, behind what its cache holds.
+
+    Args:
+        model: whose weights are read where they lie; one that is moved or assigned afterwards needs a step of its own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        inner = model.model
+        attention, mlp = inner.layers[0].self_attn, inner.layers[0].mlp
+        self.embed, self.rotary = inner.embed_tokens, inner.rotary_emb
+        self.dim: int = attention.head_dim
+        self.key_heads: int = attention.k_proj.out_features // self.dim
+        self.shape = (
+            len(inner.layers),
+            attention.q_proj.in_features,
+            attention.q_proj.out_features // self.dim,
+            self.key_heads,
+            self.dim,
+            mlp.gate_proj.out_features,
+        )
+        self.scale = float(attention.scaling)
+        self.epsilon = float(inner.norm.variance_epsilon)
+        self.dtype = inner.norm.weight.dtype
+        self.layers = [_weights(block) for block in inner.layers]  # kept, so that the addresses stay theirs
+        self.last = (inner.norm.weight, model.lm_head.weight, model.lm_head.bias)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache, vocab_size: int) -> Tensor:
+        """Logits (B, n, vocab_size) after each of the tokens, which are appended to the cache.
+
+        Args:
+            tokens: (B, n) int64.
+            positions: (B, n).
+            mask: (B, filled + n) int64, 0 where nobody looks, or None; `filled` is what the cache holds.
+            cache: of RollbackLayers.
+            vocab_size: tokens of which logits are wanted, the first ones.
+        """
+        rows, count = tokens.shape
+        x = self.embed(tokens)
+        cos, sin = (part.expand(rows, -1, -1).contiguous() for part in self.rotary(x, positions))
+        table = array("q")
+        for weights, layer in zip(self.layers, cache.layers, strict=True):
+            if not layer.is_initialized:  # no prompt was read
+                none = x.new_empty(rows, self.key_heads, 0, self.dim)
+                layer.lazy_initialization(none, none)
+            layer.reserve(count)
+            table.extend(_address(tensor) for tensor in (*weights, *layer.stores))
+        filled: int = cache.layers[0].length
+        logits: Tensor = x.new_empty(rows, count, vocab_size)
+        run(
+            _C.decode_step,
+            logits.device,
+            DTYPE_CODES[self.dtype],
+            rows,
+            count,
+            (*self.shape, vocab_size),
+            cache.layers[0].room,
+            filled,
+            table.buffer_info()[0],
+            self.epsilon,
+            self.scale,
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            _address(mask),
+            0 if mask is None else mask.stride(0),
+            *map(_address, self.last),
+            logits.data_ptr(),
+        )
+        for layer in cache.layers:
+            layer.length += count
+        return logits
+
+
+def _weights(block: Any) -> tuple[Tensor | None, ...]:
+    """Of a layer, as `StepLayer` in csrc/memdec.h has them."""
+    attention, mlp = block.self_attn, block.mlp
+    query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+    norms = (getattr(attention, name).weight if hasattr(attention, name) else None for name in ("q_norm", "k_norm"))
+    return (
+        block.input_layernorm.weight,
+        *(tensor for part in (query, key, value) for tensor in (part.weight, part.bias)),
+        *norms,
+        attention.o_proj.weight,
+        attention.o_proj.bias,
+        block.post_attention_layernorm.weight,
+        *(tensor for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj) for tensor in (part.weight, part.bias)),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
