@@ -15,8 +15,8 @@
 
 namespace memdec::MEMDEC_LEVEL {
 
-constexpr int64_t tile_bytes = 32768;  // of weights
-constexpr int64_t widest_tile = 64;    // rows of weights
+constexpr int64_t tile_bytes = 131072;  // of weights: what is asked for ahead at the end of a tile is another thread's
+constexpr int64_t widest_tile = 128;    // rows of weights
 // Bytes of weights that are asked for before they are read: of rows that are read side by side a processor does not see by itself
 // what comes next. Into the second-level cache, which may wait for more at a time than the first.
 constexpr int64_t ahead = 8192;
@@ -58,8 +58,8 @@ inline void store_up_to(T* p, VecF v, int64_t n) {
   }
 }
 
-// out[m · widest_tile + r] = w_r · x_m of R rows of a weight, one behind the other, and M vectors, `columns` elements each.
-template <int M, int R, class T>
+// out[m · widest_tile + r] = w_r · x_m of R rows of a weight, one behind the other, and M vectors, `columns` elements each; `far`: in memory.
+template <int M, int R, bool far, class T>
 inline void dots(const T* weight, const float* x, int64_t columns, float* out) {
   VecF sums[M][R], w[R];
   for (int m = 0; m < M; ++m)
@@ -68,7 +68,7 @@ inline void dots(const T* weight, const float* x, int64_t columns, float* out) {
   for (; k + VecF::width <= columns; k += VecF::width) {
     for (int r = 0; r < R; ++r) {
       w[r] = load(weight + r * columns + k);
-      __builtin_prefetch(reinterpret_cast<const char*>(weight + r * columns + k) + ahead, 0, 2);
+      if constexpr (far) __builtin_prefetch(reinterpret_cast<const char*>(weight + r * columns + k) + ahead, 0, 2);
     }
     for (int m = 0; m < M; ++m) {
       const VecF v = load(x + m * columns + k);
@@ -90,7 +90,7 @@ inline void dots(const T* weight, const float* x, int64_t columns, float* out) {
 template <int R, int M = rows_at_once, class T>
 inline void dots_of_rows(const T* weight, const float* x, int64_t rows, int64_t columns, float* out) {
   int64_t m = 0;
-  for (; m + M <= rows; m += M) dots<M, R>(weight, x + m * columns, columns, out + m * widest_tile);
+  for (; m + M <= rows; m += M) dots<M, R, true>(weight, x + m * columns, columns, out + m * widest_tile);
   if constexpr (M > 1) {
     if (m < rows) dots_of_rows<R, M - 1>(weight, x + m * columns, rows - m, columns, out + m * widest_tile);
   }
@@ -294,14 +294,13 @@ class Step {
       const int64_t row = text * op_.tokens + token, count = op_.filled + token + 1;
       const float* const query = merged_.data + row * (query_ + 2 * key_) + head * dim;
       float* const scores = scores_.data + (at * op_.tokens + token) * seen_;
+      int64_t next = 0;
+      for (; next + weights_at_once <= count; next += weights_at_once)
+        dots<1, weights_at_once, false>(keys + next * dim, query, dim, scores + next);
+      for (; next < count; ++next) dots<1, 1, false>(keys + next * dim, query, dim, scores + next);
       float highest = -INFINITY;
       for (int64_t j = 0; j < count; ++j) {
-        if (mask && !mask[j]) {
-          scores[j] = -INFINITY;
-          continue;
-        }
-        dots<1, 1>(keys + j * dim, query, dim, scores + j);
-        scores[j] *= static_cast<float>(op_.scale);
+        scores[j] = mask && !mask[j] ? -INFINITY : scores[j] * static_cast<float>(op_.scale);
         highest = scores[j] > highest ? scores[j] : highest;
       }
       // A NaN was not above anything; exp brings it back.

@@ -4,9 +4,9 @@ To verify drafts, a model multiplies two to nine rows by each of its weights. Th
 reading of the weights. PyTorch's float32 product for a handful of rows may take two or three times as long, because it
 rearranges the weights every time; oneDNN, which PyTorch brings along, multiplies by weights that were rearranged once.
 
-While a text is decoded, the linear maps of both models are those of oneDNN. It keeps a second copy of the weights, as
-long as the model lives; ``MEMDEC_PACK=0`` in the environment does without. A trial of the model's largest map decides
-whether packing pays on this machine.
+While a text is decoded, the linear maps of a model without steps of our own (:mod:`memdec.decoding.stepping`) are those
+of oneDNN. It keeps a second copy of the weights, as long as the model lives; ``MEMDEC_PACK=0`` in the environment does
+without. A trial of the model's largest map decides whether packing pays on this machine.
 """
 
 from __future__ import annotations

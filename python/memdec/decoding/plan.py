@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LONGEST_DRAFT = 8
-LONGEST_RUN = 15  # where the coins are known; with the token before, as many as packed products take
+LONGEST_RUN = 15  # where the coins are known; with the token before, as many as quick steps take
 FIRST_DRAFT = 4
 ROW_COST = 0.03  # of one more row in a base forward, before any was timed
 MEMORY_OF_TIMES = 0.8  # weight of what was, in the running means of seconds

@@ -98,7 +98,8 @@ class CpuStep:
         self.scale = float(attention.scaling)
         self.epsilon = float(inner.norm.variance_epsilon)
         self.dtype = inner.norm.weight.dtype
-        self.layers = [_weights(block) for block in inner.layers]  # kept, so that the addresses stay theirs
+        self.weights = [_weights(block) for block in inner.layers]  # kept, so that the addresses stay theirs
+        self.table = array("q", (address for layer in self.weights for address in (*map(_address, layer), 0, 0)))
         self.last = (inner.norm.weight, model.lm_head.weight, model.lm_head.bias)
 
     @torch.no_grad()
@@ -115,13 +116,16 @@ class CpuStep:
         rows, count = tokens.shape
         x = self.embed(tokens)
         cos, sin = (part.expand(rows, -1, -1).contiguous() for part in self.rotary(x, positions))
-        table = array("q")
-        for weights, layer in zip(self.layers, cache.layers, strict=True):
+        table = self.table[:]  # another thread may be in a step of the same model
+        width = len(table) // len(cache.layers)
+        for i, layer in enumerate(cache.layers):
             if not layer.is_initialized:  # no prompt was read
                 none = x.new_empty(rows, self.key_heads, 0, self.dim)
                 layer.lazy_initialization(none, none)
             layer.reserve(count)
-            table.extend(_address(tensor) for tensor in (*weights, *layer.stores))
+            keys, values = layer.stores
+            table[(i + 1) * width - 2] = keys.data_ptr()
+            table[(i + 1) * width - 1] = values.data_ptr()
         filled: int = cache.layers[0].length
         logits: Tensor = x.new_empty(rows, count, vocab_size)
         run(
