@@ -58,29 +58,90 @@ inline void store_up_to(T* p, VecF v, int64_t n) {
   }
 }
 
-// out[m · widest_tile + r] = w_r · x_m of R rows of a weight, one behind the other, and M vectors, `columns` elements each; `far`: in memory.
-template <int M, int R, bool far, class T>
+// Two vectors' worth of a weight, a half at a time: of bfloat16 the even and the odd elements, since these are one instruction each
+// where the first and the second half are two. Inputs of products lie in this order, see place_of.
+template <class T>
+struct Pair {
+  static constexpr bool interleaved = false;
+  const T* from;
+  explicit Pair(const T* p) : from(p) {}
+  VecF half(int i) const { return load(from + i * VecF::width); }
+};
+#if defined(MEMDEC_LEVEL_IS_avx512)
+template <>
+struct Pair<bfloat16> {
+  static constexpr bool interleaved = true;
+  __m512i bits;
+  explicit Pair(const bfloat16* p) : bits(_mm512_loadu_si512(p)) {}
+  VecF half(int i) const {
+    return {_mm512_castsi512_ps(i == 0 ? _mm512_slli_epi32(bits, 16) : _mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)))};
+  }
+};
+#elif defined(MEMDEC_LEVEL_IS_avx2)
+template <>
+struct Pair<bfloat16> {
+  static constexpr bool interleaved = true;
+  __m256i bits;
+  explicit Pair(const bfloat16* p) : bits(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) {}
+  VecF half(int i) const {
+    return {_mm256_castsi256_ps(i == 0 ? _mm256_slli_epi32(bits, 16) : _mm256_and_si256(bits, _mm256_set1_epi32(-0x10000)))};
+  }
+};
+#endif
+
+constexpr int64_t pair_width = 2 * VecF::width;
+
+// Where column k of an input of `columns` lies; what is left over behind the last pair of vectors stays as it is.
+template <class T>
+inline int64_t place_of(int64_t k, int64_t columns) {
+  if (!Pair<T>::interleaved || k >= columns / pair_width * pair_width) return k;
+  return k / pair_width * pair_width + k % 2 * VecF::width + k % pair_width / 2;
+}
+
+// Puts n values from column k on into an input.
+template <class T>
+inline void put(float* input, int64_t columns, int64_t k, VecF values, int64_t n) {
+  float lane[VecF::width];
+  store(lane, values);
+  for (int64_t i = 0; i < n; ++i) input[place_of<T>(k + i, columns)] = lane[i];
+}
+
+// sums[m][r] += w_r · x_m of a vector's columns.
+template <int M, int R, class F>
+inline void add_products(VecF (&sums)[M][R], const VecF (&w)[R], const F& x_of) {
+  for (int m = 0; m < M; ++m) {
+    const VecF x = x_of(m);
+    for (int r = 0; r < R; ++r) sums[m][r] = fma(w[r], x, sums[m][r]);
+  }
+}
+
+// out[m · widest_tile + r] = w_r · x_m of R rows of a weight, one behind the other, and M inputs, `columns` elements each.
+template <int M, int R, class T>
 inline void dots(const T* weight, const float* x, int64_t columns, float* out) {
   VecF sums[M][R], w[R];
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) sums[m][r] = broadcast<VecF>(0.0f);
   int64_t k = 0;
-  for (; k + VecF::width <= columns; k += VecF::width) {
-    for (int r = 0; r < R; ++r) {
-      w[r] = load(weight + r * columns + k);
-      if constexpr (far) __builtin_prefetch(reinterpret_cast<const char*>(weight + r * columns + k) + ahead, 0, 2);
-    }
-    for (int m = 0; m < M; ++m) {
-      const VecF v = load(x + m * columns + k);
-      for (int r = 0; r < R; ++r) sums[m][r] = fma(w[r], v, sums[m][r]);
+  for (; k + pair_width <= columns; k += pair_width) {
+    const auto pair = [&](int r) { return Pair<T>(weight + r * columns + k); };
+    const auto add = [&](const auto&... pairs) {
+      for (int half = 0; half < 2; ++half) {
+        const VecF halves[R] = {pairs.half(half)...};
+        add_products(sums, halves, [&](int m) { return load(x + m * columns + k + half * VecF::width); });
+      }
+    };
+    for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(weight + r * columns + k) + ahead, 0, 2);
+    if constexpr (R == 4) {
+      add(pair(0), pair(1), pair(2), pair(3));
+    } else {
+      static_assert(R == 1);
+      add(pair(0));
     }
   }
-  if (k < columns) {
-    for (int r = 0; r < R; ++r) w[r] = load_some(weight + r * columns + k, columns - k, 0.0f);
-    for (int m = 0; m < M; ++m) {
-      const VecF v = load_some(x + m * columns + k, columns - k, 0.0f);
-      for (int r = 0; r < R; ++r) sums[m][r] = fma(w[r], v, sums[m][r]);
-    }
+  for (; k < columns; k += VecF::width) {
+    const int64_t n = smaller(VecF::width, columns - k);
+    for (int r = 0; r < R; ++r) w[r] = load_up_to(weight + r * columns + k, n);
+    add_products(sums, w, [&](int m) { return load_up_to(x + m * columns + k, n); });
   }
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) out[m * widest_tile + r] = reduce_add(sums[m][r]);
@@ -90,7 +151,7 @@ inline void dots(const T* weight, const float* x, int64_t columns, float* out) {
 template <int R, int M = rows_at_once, class T>
 inline void dots_of_rows(const T* weight, const float* x, int64_t rows, int64_t columns, float* out) {
   int64_t m = 0;
-  for (; m + M <= rows; m += M) dots<M, R, true>(weight, x + m * columns, columns, out + m * widest_tile);
+  for (; m + M <= rows; m += M) dots<M, R>(weight, x + m * columns, columns, out + m * widest_tile);
   if constexpr (M > 1) {
     if (m < rows) dots_of_rows<R, M - 1>(weight, x + m * columns, rows - m, columns, out + m * widest_tile);
   }
@@ -121,9 +182,10 @@ inline void multiply(const void* weights, const void* biases, int64_t begin, int
   }
 }
 
-// x / √(mean(x²) + ε) · w.
-template <class T>
-inline void norm(const float* x, const T* weight, double epsilon, int64_t count, float* out) {
+// Calls out(i, n, y) for vectors of n values of y = x / √(mean(x²) + ε) · w.
+template <class T, class F>
+inline void norm(const float* x, const void* weights, double epsilon, int64_t count, const F& out) {
+  const T* const weight = static_cast<const T*>(weights);
   VecF squares = broadcast<VecF>(0.0f);
   for_each_vector(count, [&](int64_t i, int64_t n) {
     const VecF v = load_up_to(x + i, n);
@@ -132,7 +194,7 @@ inline void norm(const float* x, const T* weight, double epsilon, int64_t count,
   const float factor = 1.0f / sqrtf(reduce_add(squares) / static_cast<float>(count) + static_cast<float>(epsilon));
   for_each_vector(count, [&](int64_t i, int64_t n) {
     const VecF normed = rounded<T>(load_up_to(x + i, n) * broadcast<VecF>(factor));
-    store_up_to(out + i, rounded<T>(normed * load_up_to(weight + i, n)), n);
+    out(i, n, rounded<T>(normed * load_up_to(weight + i, n)));
   });
 }
 
@@ -149,6 +211,7 @@ class Step {
         normed_(rows_ * op.hidden),
         merged_(rows_ * (query_ + 2 * key_)),
         attended_(rows_ * query_),
+        gates_(rows_ * op.inner),
         gated_(rows_ * op.inner),
         scores_(op.texts * op.heads * op.tokens * seen_) {
     const int64_t weights = op.layers * (op.hidden * (2 * query_ + 2 * key_) + 3 * op.hidden * op.inner) + op.hidden * op.vocab;
@@ -237,7 +300,8 @@ class Step {
   }
 
   void norm_row(const void* weight, int64_t row) {
-    norm(states_.data + row * op_.hidden, static_cast<const T*>(weight), op_.epsilon, op_.hidden, normed_.data + row * op_.hidden);
+    norm<T>(states_.data + row * op_.hidden, weight, op_.epsilon, op_.hidden,
+            [&](int64_t i, int64_t n, VecF y) { put<T>(normed_.data + row * op_.hidden, op_.hidden, i, y, n); });
   }
 
   // Queries, keys and values: a tile may begin in one of them and end in the next.
@@ -271,7 +335,7 @@ class Step {
 
   // (a, b) → (a·cos − b·sin, b·cos + a·sin), where the model norms its heads after that.
   void rotate_head(float* x, const void* weight, int64_t row) const {
-    if (weight) norm(x, static_cast<const T*>(weight), op_.epsilon, op_.dim, x);
+    if (weight) norm<T>(x, weight, op_.epsilon, op_.dim, [&](int64_t i, int64_t n, VecF y) { store_up_to(x + i, y, n); });
     const T* const cos = static_cast<const T*>(op_.cos) + row * op_.dim;
     const T* const sin = static_cast<const T*>(op_.sin) + row * op_.dim;
     const int64_t half = op_.dim / 2;
@@ -281,6 +345,18 @@ class Step {
       store_up_to(x + i, rounded<T>(rounded<T>(a * load_up_to(cos + i, n)) - turned_b), n);
       store_up_to(x + half + i, rounded<T>(rounded<T>(b * load_up_to(cos + half + i, n)) + turned_a), n);
     });
+  }
+
+  // The query's products with R keys, one behind the other.
+  template <int R>
+  void score(const T* keys, const float* query, float* out) const {
+    VecF sums[1][R], k[R];
+    for (int r = 0; r < R; ++r) sums[0][r] = broadcast<VecF>(0.0f);
+    for_each_vector(op_.dim, [&](int64_t i, int64_t n) {
+      for (int r = 0; r < R; ++r) k[r] = load_up_to(keys + r * op_.dim + i, n);
+      add_products(sums, k, [&](int) { return load_up_to(query + i, n); });
+    });
+    for (int r = 0; r < R; ++r) out[r] = reduce_add(sums[0][r]);
   }
 
   // A head of a text: each of its tokens looks at what is in the cache, up to itself.
@@ -295,9 +371,8 @@ class Step {
       const float* const query = merged_.data + row * (query_ + 2 * key_) + head * dim;
       float* const scores = scores_.data + (at * op_.tokens + token) * seen_;
       int64_t next = 0;
-      for (; next + weights_at_once <= count; next += weights_at_once)
-        dots<1, weights_at_once, false>(keys + next * dim, query, dim, scores + next);
-      for (; next < count; ++next) dots<1, 1, false>(keys + next * dim, query, dim, scores + next);
+      for (; next + weights_at_once <= count; next += weights_at_once) score<weights_at_once>(keys + next * dim, query, scores + next);
+      for (; next < count; ++next) score<1>(keys + next * dim, query, scores + next);
       float highest = -INFINITY;
       for (int64_t j = 0; j < count; ++j) {
         scores[j] = mask && !mask[j] ? -INFINITY : scores[j] * static_cast<float>(op_.scale);
@@ -312,7 +387,7 @@ class Step {
         sums = sums + weight;
       });
       const float total = reduce_add(sums);
-      float* const out = attended_.data + row * query_ + head * dim;
+      float* const out = attended_.data + row * query_;
       constexpr int64_t wide = 4;
       for (int64_t i = 0; i < dim; i += wide * VecF::width) {
         const int64_t left = smaller(wide * VecF::width, dim - i);
@@ -331,7 +406,7 @@ class Step {
           }
         }
         for_each_vector(left, [&](int64_t k, int64_t n) {
-          store_up_to(out + i + k, rounded<T>(found[k / VecF::width] / broadcast<VecF>(total)), n);
+          put<T>(out, query_, head * dim + i + k, rounded<T>(found[k / VecF::width] / broadcast<VecF>(total)), n);
         });
       }
     }
@@ -350,18 +425,18 @@ class Step {
     const int64_t begin = at * gate_tile_, end = smaller(begin + gate_tile_, op_.inner);
     multiply<T>(weights.gate, weights.gate_bias, begin, end, normed_.data, rows_, op_.hidden, [&](int64_t m, int64_t n, int64_t some, VecF g) {
       const VecF one = broadcast<VecF>(1.0f), most = broadcast<VecF>(88.0f), zero = broadcast<VecF>(0.0f);
-      store_up_to(gated_.data + m * op_.inner + n, rounded<T>(g / (one + exp(min(most, zero - g)))), some);
+      store_up_to(gates_.data + m * op_.inner + n, rounded<T>(g / (one + exp(min(most, zero - g)))), some);
     });
     multiply<T>(weights.up, weights.up_bias, begin, end, normed_.data, rows_, op_.hidden, [&](int64_t m, int64_t n, int64_t some, VecF u) {
-      float* const gated = gated_.data + m * op_.inner + n;
-      store_up_to(gated, rounded<T>(load_up_to(gated, some) * u), some);
+      const VecF gated = rounded<T>(load_up_to(gates_.data + m * op_.inner + n, some) * u);
+      put<T>(gated_.data + m * op_.inner, op_.inner, n, gated, some);
     });
   }
 
   const DecodeStep& op_;
   const int64_t rows_, seen_, query_, key_;  // rows, tokens that a cache then holds, widths of queries and of keys
   // Values of the dtype, kept as float32, of a row one behind the other.
-  const Scratch<float> states_, normed_, merged_, attended_, gated_, scores_;
+  const Scratch<float> states_, normed_, merged_, attended_, gates_, gated_, scores_;
   int threads_ = 1;
   int64_t merged_tile_ = 1, output_tile_ = 1, gate_tile_ = 1, down_tile_ = 1, head_tile_ = 1;
   int64_t starts_[groups + 1];  // tiles of a layer before each of its groups
