@@ -260,11 +260,15 @@ class Step {
   }
 
   void wait_until(int64_t done) const {
-    for (int waited = 0; __atomic_load_n(&done_, __ATOMIC_ACQUIRE) < done; ++waited) {
+    for (int patience = 2000; __atomic_load_n(&done_, __ATOMIC_ACQUIRE) < done;) {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
-      if (waited > 2000) yield_thread();
+      if (patience > 0) {
+        --patience;
+      } else {
+        yield_thread();
+      }
     }
   }
 
@@ -386,7 +390,8 @@ class Step {
         store_up_to(scores + i, weight, n);
         sums = sums + weight;
       });
-      const float total = reduce_add(sums);
+      float total = reduce_add(sums);
+      if (total == 0) total = 1;  // padding that sees nothing: zeros, for a NaN would stay in the cache
       float* const out = attended_.data + row * query_;
       constexpr int64_t wide = 4;
       for (int64_t i = 0; i < dim; i += wide * VecF::width) {

@@ -9,11 +9,13 @@ import fused_checks
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from memdec import _C, MemoryModel, build_info
 from memdec.decoding import packing, stepping
 from memdec.decoding.engine import Reader
 from memdec.decoding.stepping import MOST_ROWS, cpu_step, quick_steps, step_of
+from memdec.errors import MemdecError
 
 VOCABULARY = 97
 PROMPT = 5
@@ -52,9 +54,7 @@ def read(model: Any, counts: list[int], *, quick: bool, rows: int = 2, room: int
         reader = Reader(model, room, VOCABULARY)
         assert (reader.step is not None) is quick
         reader.read(ids[:, :PROMPT], mask[:, :PROMPT], positions[:, :PROMPT], last_only=True)
-        for layer in reader.cache.layers:  # what attended to nothing may be NaN
-            for store in layer.stores:
-                store.nan_to_num_(0.0)
+        assert all(store.isfinite().all() for layer in reader.cache.layers for store in layer.stores)
         found, at = [], PROMPT
         for count in counts:
             to = at + count
@@ -127,9 +127,6 @@ def test_room_grows_texts_leave_and_tokens_are_taken_back() -> None:
     with torch.no_grad(), quick_steps(model):
         reader = Reader(model, PROMPT + 1, VOCABULARY)
         reader.read(ids[:, :PROMPT], mask[:, :PROMPT], positions[:, :PROMPT], last_only=True)
-        for layer in reader.cache.layers:
-            for store in layer.stores:
-                store.nan_to_num_(0.0)
         end = PROMPT + 4
         reader.read((ids[:, PROMPT:end] + 1) % VOCABULARY, mask[:, :end], positions[:, PROMPT:end])
         reader.cache.crop(-4)
@@ -195,15 +192,39 @@ def has_two_epsilons(model: Any) -> None:
     model.model.norm.variance_epsilon *= 2
 
 
+def sees_ahead(model: Any) -> None:
+    model.model.layers[1].self_attn.is_causal = False
+
+
+def has_two_scales(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling *= 3
+
+
 @pytest.mark.parametrize(
     "change",
-    [has_a_hook, has_another_head, has_two_epsilons, lambda one: one.train(), lambda one: one.double()],
+    [
+        has_a_hook,
+        has_another_head,
+        has_two_epsilons,
+        has_two_scales,
+        sees_ahead,
+        lambda one: one.train(),
+        lambda one: one.double(),
+    ],
 )
 def test_who_goes_by_the_model(change: Callable[[Any], Any]) -> None:
     model = fused_checks.tiny("llama")
     assert cpu_step(model) is not None
     change(model)
     assert cpu_step(model) is None
+
+
+def test_hooks_of_every_module() -> None:
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert cpu_step(fused_checks.tiny("llama")) is None
+    finally:
+        hook.remove()
 
 
 def test_the_switch_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +242,8 @@ def test_other_models_are_packed(make_pair: Callable[..., MemoryModel], monkeypa
     model = fused_checks.tiny("llama")
     other = torch.nn.Linear(40, 70)
     with pytest.raises(KeyError), quick_steps(model, other):
+        with quick_steps(model):
+            pass
         assert step_of(model) is not None and step_of(other) is None
         assert "forward" in other.__dict__ and "forward" not in model.lm_head.__dict__
         raise KeyError
@@ -241,3 +264,80 @@ def test_a_text_does_not_depend_on_how_it_was_drafted(make_pair: Callable[..., M
         texts.append(model.generate(prompt, max_new_tokens=60, do_sample=sampled, **how).tolist())
         assert model.last_decode is not None and (drafts is None or model.last_decode.accepted > 0)
     assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.parametrize("rows, prompt, drafts", [(4, 5, None), (5, 4, None), (3, 5, 7), (2, 8, 12)])
+def test_short_padded_prompts(
+    make_pair: Callable[..., MemoryModel], rows: int, prompt: int, drafts: int | None
+) -> None:
+    """A step reads the prompts and the model's own forward the drafts, of what the step has stored."""
+    model = make_pair(close=0.3)
+    mask, _ = padded(rows, prompt)
+    given = {"input_ids": ids_of(rows, prompt), "attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    texts = [
+        model.generate(**given, decoding="speculative", draft_tokens=drafts),
+        model.generate(**given, decoding="auto"),
+        model.generate(**given, decoding="composite"),
+    ]
+    assert texts[0].tolist() == texts[1].tolist() == texts[2].tolist()
+
+
+def test_a_head_of_fewer_tokens_than_the_other_model_has(make_pair: Callable[..., MemoryModel]) -> None:
+    """No more is read than there is, and the error is the one that it was."""
+    model = make_pair(close=0.3)
+    model.base.resize_token_embeddings(60)
+    with pytest.raises(ValueError, match="60"):
+        model.generate(ids_of(1, 6) % 60, max_new_tokens=4, do_sample=False, decoding="parallel")
+
+
+class Meddler(BaseStreamer):
+    """Does something to a model when the fifth token comes."""
+
+    def __init__(self, meddle: Callable[[], Any]) -> None:
+        self.left, self.meddle = 5, meddle
+
+    def put(self, value: Tensor) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.meddle()
+
+    def end(self) -> None:
+        pass
+
+
+def test_weights_that_are_replaced_meanwhile(make_pair: Callable[..., MemoryModel]) -> None:
+    """Another dtype is an error; other memory is not read before the next call, and the old is not freed before."""
+    model = make_pair(close=0.3)
+    given = {"max_new_tokens": 24, "do_sample": False, "decoding": "parallel"}
+    wanted = model.generate(ids_of(1, 6), **given)
+
+    def replace() -> None:
+        for one in (model.base, model.memory):
+            for parameter in one.parameters():
+                if parameter.ndim == 2 and parameter is not one.get_input_embeddings().weight:
+                    parameter.data = torch.full_like(parameter, torch.nan)
+
+    with pytest.raises(MemdecError, match="was converted"):
+        model.generate(ids_of(1, 6), streamer=Meddler(model.base.half), **given)
+    model.base.float()
+    model = make_pair(close=0.3)
+    assert torch.equal(model.generate(ids_of(1, 6), streamer=Meddler(replace), **given), wanted)
+    with pytest.raises(MemdecError, match="NaN"):
+        model.generate(ids_of(1, 6), **given)
+
+
+def no_memory(*_: Any, **__: Any) -> None:
+    raise MemoryError
+
+
+def test_a_cache_that_could_not_grow_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fused_checks.tiny("llama")
+    with torch.no_grad(), quick_steps(model):
+        reader = Reader(model, 4, VOCABULARY)
+        reader.read(ids_of(1, 4), None, torch.arange(4)[None])
+        with monkeypatch.context() as without:
+            without.setattr(torch, "cat", no_memory)
+            with pytest.raises(MemoryError):
+                reader.read(ids_of(1, 1), None, torch.tensor([[4]]))
+        assert all(layer.room == store.shape[2] for layer in reader.cache.layers for store in layer.stores)
+        assert reader.read(ids_of(1, 1), None, torch.tensor([[4]])).isfinite().all()

@@ -38,11 +38,12 @@ class RollbackLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         """Makes room for so many tokens behind those that count; where, :meth:`lazy_initialization` must have said."""
         stop = self.length + tokens
         if stop > self.room:
-            self.room = max(stop, 2 * self.room)
+            room = max(stop, 2 * self.room)
             self.stores = [
-                torch.cat([old, old.new_zeros(*old.shape[:2], self.room - old.shape[2], old.shape[3])], 2)
+                torch.cat([old, old.new_zeros(*old.shape[:2], room - old.shape[2], old.shape[3])], 2)
                 for old in self.stores
             ]
+            self.room = room
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends, and gives all that is there."""

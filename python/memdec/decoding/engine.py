@@ -58,13 +58,15 @@ class Reader:
 
     def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, *, last_only: bool = False) -> Tensor:
         """Logits (B, n, V) after each of the tokens (B, n); `mask` covers all that the cache then holds."""
+        tokens, positions = tokens.to(self.device), positions.to(self.device)
+        mask = None if mask is None else mask.to(self.device)
         if self.step is not None and tokens.numel() <= MOST_ROWS:
             return self.step(tokens, positions, mask, self.cache, self.vocab_size)
-        given: dict[str, Any] = {"input_ids": tokens.to(self.device), self.cache_name: self.cache, "use_cache": True}
+        given: dict[str, Any] = {"input_ids": tokens, self.cache_name: self.cache, "use_cache": True}
         if mask is not None:
-            given["attention_mask"] = mask.to(self.device)
+            given["attention_mask"] = mask
         if self.takes_positions:
-            given["position_ids"] = positions.to(self.device)
+            given["position_ids"] = positions
         if self.keeps and last_only:
             given["logits_to_keep"] = 1
         logits: Tensor = self.forward(**given, return_dict=True).logits

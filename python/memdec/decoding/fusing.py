@@ -274,6 +274,8 @@ def _block_qualifies(block: Any, code: str) -> bool:
             return False
     elif not _has(attention, ATTENTION_PARTS):
         return False
+    if not getattr(attention, "is_causal", True):
+        return False
     if not _has(mlp, MLP_PARTS) or type(mlp.act_fn).__name__ not in ACTIVATIONS:
         return False
     linears = [getattr(attention, name) for name in ATTENTION_PARTS] + [getattr(mlp, name) for name in MLP_PARTS]

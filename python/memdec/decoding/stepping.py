@@ -8,6 +8,7 @@ lie, and does the rest: see csrc/cpu/decode_step.cpp. Nothing is copied, and no 
 from __future__ import annotations
 
 import os
+import threading
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,37 +23,40 @@ from memdec import _C
 from memdec.decoding.fusing import qualifies
 from memdec.decoding.packing import packed_linears
 from memdec.decoding.support import why_not_itself
+from memdec.errors import MemdecError
 from memdec.ops.launch import run
 from memdec.ops.rows import DTYPE_CODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ROWS = 16  # texts times tokens; of more, PyTorch's products are the faster ones
 
-_STEPS: WeakKeyDictionary[nn.Module, CpuStep] = WeakKeyDictionary()
+
+class _Steps(threading.local):
+    """Those of the models that this thread is within :func:`quick_steps` of."""
+
+    def __init__(self) -> None:
+        self.of: WeakKeyDictionary[nn.Module, CpuStep] = WeakKeyDictionary()
+
+
+_STEPS = _Steps()
 
 
 @contextmanager
 def quick_steps(*models: Any) -> Iterator[None]:
     """Within it, steps of `models` that lie on the CPU are quick ones: :func:`step_of`, or else packed products."""
-    others = []
-    for model in models:
-        step = cpu_step(model)
-        if step is None:
-            _STEPS.pop(model, None)
-            others.append(model)
-        else:
-            _STEPS[model] = step
+    found = {model: step for model in models if (step := cpu_step(model)) is not None}
+    before = WeakKeyDictionary(_STEPS.of)
     try:
-        with packed_linears(*others):
+        _STEPS.of.update(found)
+        with packed_linears(*(model for model in models if model not in found)):
             yield
     finally:
-        for model in models:
-            _STEPS.pop(model, None)
+        _STEPS.of = before
 
 
 def step_of(model: Any) -> CpuStep | None:
     """The model's step, within :func:`quick_steps` and where it has one."""
-    return _STEPS.get(model)
+    return _STEPS.of.get(model)
 
 
 def cpu_step(model: Any) -> CpuStep | None:
@@ -71,6 +75,8 @@ def cpu_step(model: Any) -> CpuStep | None:
         return None
     if len({part.variance_epsilon for part in model.modules() if hasattr(part, "variance_epsilon")}) != 1:
         return None
+    if len({block.self_attn.scaling for block in model.model.layers}) != 1:
+        return None
     return CpuStep(model)
 
 
@@ -78,7 +84,7 @@ class CpuStep:
     """A forward of few tokens of a model that :func:`cpu_step` lets pass, behind what its cache holds.
 
     Args:
-        model: whose weights are read where they lie; one that is moved or assigned afterwards needs a step of its own.
+        model: whose weights are read where they lie now; what is assigned afterwards is not seen.
     """
 
     def __init__(self, model: Any) -> None:
@@ -98,9 +104,11 @@ class CpuStep:
         self.scale = float(attention.scaling)
         self.epsilon = float(inner.norm.variance_epsilon)
         self.dtype = inner.norm.weight.dtype
-        self.weights = [_weights(block) for block in inner.layers]  # kept, so that the addresses stay theirs
+        # Not the parameters, whose memory may be replaced, but what has the memory, so that the addresses stay theirs.
+        self.weights = [tuple(map(_held, _weights(block))) for block in inner.layers]
         self.table = array("q", (address for layer in self.weights for address in (*map(_address, layer), 0, 0)))
-        self.last = (inner.norm.weight, model.lm_head.weight, model.lm_head.bias)
+        self.last = tuple(map(_held, (inner.norm.weight, model.lm_head.weight, model.lm_head.bias)))
+        self.most_tokens = len(model.lm_head.weight)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache, vocab_size: int) -> Tensor:
@@ -111,10 +119,19 @@ class CpuStep:
             positions: (B, n).
             mask: (B, filled + n) int64, 0 where nobody looks, or None; `filled` is what the cache holds.
             cache: of RollbackLayers.
-            vocab_size: tokens of which logits are wanted, the first ones.
+            vocab_size: tokens of which logits are wanted, the first ones; no more than the head has.
+
+        Raises:
+            MemdecError: the model was converted meanwhile.
         """
         rows, count = tokens.shape
+        vocab_size = min(vocab_size, self.most_tokens)
         x = self.embed(tokens)
+        if x.dtype != self.dtype or not x.is_cpu:
+            raise MemdecError(
+                f"A model was converted from {self.dtype} on the CPU to {x.dtype} on {x.device} while it was writing: "
+                "do that between calls of generate."
+            )
         cos, sin = (part.expand(rows, -1, -1).contiguous() for part in self.rotary(x, positions))
         table = self.table[:]  # another thread may be in a step of the same model
         width = len(table) // len(cache.layers)
@@ -167,6 +184,10 @@ def _weights(block: Any) -> tuple[Tensor | None, ...]:
         block.post_attention_layernorm.weight,
         *(tensor for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj) for tensor in (part.weight, part.bias)),
     )
+
+
+def _held(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch.nn.modules import module as torch_module
 from transformers.generation.logits_process import (
     LogitNormalization,
     MinPLogitsWarper,
@@ -109,6 +110,8 @@ def why_not_itself(one: Any) -> str | None:
     """What one of the models does beside what its weights and its class say; None where that is all."""
     if one.training:
         return "is in training mode"
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "has hooks, as every module"
     for module in one.modules():
         if type(module).__module__.startswith("peft."):
             return "has an adapter, which may be switched"
