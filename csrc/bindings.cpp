@@ -323,7 +323,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("decode_step", [](int dtype, int64_t texts, int64_t tokens, const std::array<int64_t, 7>& shape, int64_t room, int64_t filled,
                           uintptr_t layer, double epsilon, double scale, uintptr_t embedded, uintptr_t cos, uintptr_t sin, uintptr_t mask,
-                          int64_t mask_stride, uintptr_t norm, uintptr_t head, uintptr_t head_bias, uintptr_t logits, const Launch& launch) {
+                          int64_t mask_stride, uintptr_t norm, uintptr_t head, uintptr_t head_bias, uintptr_t logits, int64_t logits_stride,
+                          const Launch& launch) {
     const auto [layers, hidden, heads, key_heads, dim, inner, vocab] = shape;
     return run("decode_step", memdec::decode_step,
         {.dtype = static_cast<memdec::DType>(dtype),
@@ -349,7 +350,8 @@ PYBIND11_MODULE(_C, m) {
          .norm = pointer(norm),
          .head = pointer(head),
          .head_bias = pointer(head_bias),
-         .logits = pointer(logits)},
+         .logits = pointer(logits),
+         .logits_stride = logits_stride},
         launch);
   });
   m.def("interpolate_sparse", [](const Rows& base, const SparseRows& teacher, double alpha, uintptr_t alphas, uintptr_t log_probs,

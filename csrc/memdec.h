@@ -310,6 +310,7 @@ struct DecodeStep {
   const void* head;        // (vocab, hidden)
   const void* head_bias;   // (vocab,), or null
   void* logits;            // (texts, tokens, vocab) out
+  int64_t logits_stride;   // elements between texts
 };
 Status decode_step(const DecodeStep& op, const Launch& launch);
 

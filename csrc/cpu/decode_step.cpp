@@ -300,7 +300,8 @@ class Step {
     const int64_t begin = (i - rows_) * head_tile_;
     T* const logits = static_cast<T*>(op_.logits);
     multiply<T>(op_.head, op_.head_bias, begin, smaller(begin + head_tile_, op_.vocab), normed_.data, rows_, op_.hidden,
-                [&](int64_t m, int64_t n, int64_t some, VecF y) { store_up_to(logits + m * op_.vocab + n, y, some); });
+                [&](int64_t m, int64_t n, int64_t some, VecF y) { store_up_to(logits + m / op_.tokens * op_.logits_stride + m % op_.tokens * op_.vocab + n, y, some);
+                });
   }
 
   void norm_row(const void* weight, int64_t row) {

@@ -167,6 +167,7 @@ def decode_step(
     head: int,
     head_bias: int,
     logits: int,
+    logits_stride: int,
     launch: _Launch,
     /,
 ) -> int: ...

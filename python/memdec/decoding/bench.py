@@ -28,7 +28,7 @@ from memdec.ops.reference import VerifiedDraft
 
 OURS = "base alone, our steps"  # the base as our engine runs it on the CPU: see memdec.decoding.stepping
 CAPTURED = "base alone, captured"  # and on a GPU: over fixed buffers, a step a CUDA graph
-COMPILED = "base alone, static and compiled"
+COMPILED = "base alone, compiled"  # and with a static cache
 BOTH = "base alone, captured, compiled"
 FIRST = "first token, "  # before a way's name: a run of one token
 BASE_RIVALS = ("base alone", "base alone, static", COMPILED, OURS, CAPTURED, BOTH)

@@ -56,12 +56,33 @@ class Reader:
         self.keeps = takes(model, "logits_to_keep")
         self.step = step_of(model) if cache is None else None
 
-    def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, *, last_only: bool = False) -> Tensor:
-        """Logits (B, n, V) after each of the tokens (B, n); `mask` covers all that the cache then holds."""
+    def room_for(self, rows: int, count: int) -> Tensor | None:
+        """Room (B, n, V) for the logits of n reads of a token, which a quick step writes side by side; else None.
+
+        To put them there afterwards would take PyTorch's threads, which then stay awake for as long as a forward takes
+        and share the cores with those of the step.
+        """
+        if self.step is None or rows > MOST_ROWS:
+            return None
+        return torch.empty(rows, count, min(self.vocab_size, self.step.most_tokens), dtype=self.step.dtype)
+
+    def read(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        *,
+        last_only: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, n, V) after each of the tokens (B, n); `mask` covers all that the cache then holds.
+
+        They are written to `out`, some columns of :meth:`room_for` them.
+        """
         tokens, positions = tokens.to(self.device), positions.to(self.device)
         mask = None if mask is None else mask.to(self.device)
         if self.step is not None and tokens.numel() <= MOST_ROWS:
-            return self.step(tokens, positions, mask, self.cache, self.vocab_size)
+            return self.step(tokens, positions, mask, self.cache, self.vocab_size, out)
         given: dict[str, Any] = {"input_ids": tokens, self.cache_name: self.cache, "use_cache": True}
         if mask is not None:
             given["attention_mask"] = mask
@@ -342,10 +363,12 @@ def decode(
         places = torch.minimum(position + torch.arange(width, device=device), final)
 
         block, from_memory = last, []
+        beside = memory.room_for(len(left), width) if gamma > 0 else None
         certain = may_be_certain
         for i in range(width):
             seen = None if mask is None else mask[:, : filled + i + 1]
-            logits = memory.read(block[:, -1:], seen, places[:, i : i + 1]).to(device)
+            out = None if beside is None else beside[:, i : i + 1]
+            logits = memory.read(block[:, -1:], seen, places[:, i : i + 1], out=out).to(device)
             from_memory.append(logits)
             if i == gamma:
                 break
@@ -366,7 +389,10 @@ def decode(
         if not texts.active:
             seconds["draft"] += time.perf_counter() - began
             break
-        memory_logits = from_memory[0] if gamma == 0 else torch.cat(from_memory, 1)
+        if beside is not None:
+            memory_logits = beside.to(device)
+        else:
+            memory_logits = from_memory[0] if gamma == 0 else torch.cat(from_memory, 1)
         drafted_at = time.perf_counter()
 
         seen = None if mask is None else mask[:, : filled + width]

@@ -111,7 +111,15 @@ class CpuStep:
         self.most_tokens = len(model.lm_head.weight)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache, vocab_size: int) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: Cache,
+        vocab_size: int,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, n, vocab_size) after each of the tokens, which are appended to the cache.
 
         Args:
@@ -120,6 +128,7 @@ class CpuStep:
             mask: (B, filled + n) int64, 0 where nobody looks, or None; `filled` is what the cache holds.
             cache: of RollbackLayers.
             vocab_size: tokens of which logits are wanted, the first ones; no more than the head has.
+            out: (B, n, vocab_size) to write them to, whose texts may be any number of elements apart.
 
         Raises:
             MemdecError: the model was converted meanwhile.
@@ -144,10 +153,11 @@ class CpuStep:
             table[(i + 1) * width - 2] = keys.data_ptr()
             table[(i + 1) * width - 1] = values.data_ptr()
         filled: int = cache.layers[0].length
-        logits: Tensor = x.new_empty(rows, count, vocab_size)
+        if out is None:
+            out = x.new_empty(rows, count, vocab_size)
         run(
             _C.decode_step,
-            logits.device,
+            x.device,
             DTYPE_CODES[self.dtype],
             rows,
             count,
@@ -163,11 +173,12 @@ class CpuStep:
             _address(mask),
             0 if mask is None else mask.stride(0),
             *map(_address, self.last),
-            logits.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
         )
         for layer in cache.layers:
             layer.length += count
-        return logits
+        return out
 
 
 def _weights(block: Any) -> tuple[Tensor | None, ...]:
