@@ -290,6 +290,7 @@ struct StepLayer {
   const void *query_norm, *key_norm;                                                  // (dim,) of each head, or null
   const void *output, *output_bias, *attended_norm, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
   void *keys, *values;  // (texts, key heads, room, dim)
+  void* mlp_input;      // (texts, tokens, hidden) out, what the MLP reads, or null
 };
 
 // Logits after each of a few new tokens of each text, whose keys and values go into the cache behind the `filled` that it holds.

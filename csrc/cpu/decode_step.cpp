@@ -280,12 +280,12 @@ class Step {
     const StepLayer& weights = op_.layer[layer];
     const int64_t at = place - starts_[group];
     switch (group) {
-      case 0: return norm_row(weights.input_norm, at);
+      case 0: return norm_row(weights.input_norm, at, nullptr);
       case 1: return merge(weights, at);
       case 2: return rotate(weights, at);
       case 3: return attend(weights, at);
       case 4: return add(weights.output, weights.output_bias, attended_.data, query_, at * output_tile_, output_tile_);
-      case 5: return norm_row(weights.attended_norm, at);
+      case 5: return norm_row(weights.attended_norm, at, static_cast<T*>(weights.mlp_input));
       case 6: return gate(weights, at);
       default: return add(weights.down, weights.down_bias, gated_.data, op_.inner, at * down_tile_, down_tile_);
     }
@@ -294,7 +294,7 @@ class Step {
   void at_the_end(int64_t i, int64_t before) {
     if (i < rows_) {
       wait_until(before);
-      return norm_row(op_.norm, i);
+      return norm_row(op_.norm, i, nullptr);
     }
     wait_until(before + rows_);
     const int64_t begin = (i - rows_) * head_tile_;
@@ -304,9 +304,12 @@ class Step {
                 });
   }
 
-  void norm_row(const void* weight, int64_t row) {
-    norm<T>(states_.data + row * op_.hidden, weight, op_.epsilon, op_.hidden,
-            [&](int64_t i, int64_t n, VecF y) { put<T>(normed_.data + row * op_.hidden, op_.hidden, i, y, n); });
+  // Also to `out`, where there is one.
+  void norm_row(const void* weight, int64_t row, T* out) {
+    norm<T>(states_.data + row * op_.hidden, weight, op_.epsilon, op_.hidden, [&](int64_t i, int64_t n, VecF y) {
+      put<T>(normed_.data + row * op_.hidden, op_.hidden, i, y, n);
+      if (out) store_up_to(out + row * op_.hidden + i, y, n);
+    });
   }
 
   // Queries, keys and values: a tile may begin in one of them and end in the next.

@@ -16,6 +16,7 @@ from memdec.decoding import packing, stepping
 from memdec.decoding.engine import Reader
 from memdec.decoding.stepping import MOST_ROWS, cpu_step, quick_steps, step_of
 from memdec.errors import MemdecError
+from memdec.modeling.keys import captured_inputs
 
 VOCABULARY = 97
 PROMPT = 5
@@ -178,6 +179,21 @@ def test_a_nan_stays_a_nan() -> None:
         assert reader.read(one, torch.tensor([[0, 1]]), zero).isfinite().all()
         model.model.layers[0].mlp.up_proj.weight[3, 4] = torch.nan
         assert Reader(model, 8, VOCABULARY).read(one, None, zero).isnan().all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-5), (torch.bfloat16, 0.15)])
+def test_what_an_mlp_reads_can_be_kept(dtype: torch.dtype, tolerance: float) -> None:
+    """As a hook would catch it; a module that is no layer's MLP is none to be watched."""
+    model = fused_checks.tiny("llama").to(dtype)
+    mlp, given = model.model.layers[1].mlp, (ids_of(2, 3), None, torch.arange(3).expand(2, 3))
+    with torch.no_grad(), captured_inputs(mlp) as captured:
+        Reader(model, 8, VOCABULARY).read(*given)
+    with torch.no_grad(), quick_steps(model):
+        reader = Reader(model, 8, VOCABULARY)
+        assert reader.step is not None and not reader.step.watch(model.lm_head) and reader.step.watch(mlp)
+        reader.read(*given)
+    assert reader.step.caught is not None and captured[0].shape == reader.step.caught.shape
+    torch.testing.assert_close(reader.step.caught, captured[0], rtol=tolerance, atol=tolerance)
 
 
 def has_a_hook(model: Any) -> None:

@@ -106,9 +106,17 @@ class CpuStep:
         self.dtype = inner.norm.weight.dtype
         # Not the parameters, whose memory may be replaced, but what has the memory, so that the addresses stay theirs.
         self.weights = [tuple(map(_held, _weights(block))) for block in inner.layers]
-        self.table = array("q", (address for layer in self.weights for address in (*map(_address, layer), 0, 0)))
+        self.table = array("q", (address for layer in self.weights for address in (*map(_address, layer), 0, 0, 0)))
+        self.mlps = [block.mlp for block in inner.layers]
+        self.watched: int | None = None
+        self.caught: Tensor | None = None  # (B, n, hidden), what the watched layer's MLP has read in the last step
         self.last = tuple(map(_held, (inner.norm.weight, model.lm_head.weight, model.lm_head.bias)))
         self.most_tokens = len(model.lm_head.weight)
+
+    def watch(self, module: nn.Module) -> bool:
+        """Keep from now on what a module reads, in `caught`; whether it is one that a step knows: a layer's MLP."""
+        self.watched = next((i for i, mlp in enumerate(self.mlps) if mlp is module), None)
+        return self.watched is not None
 
     @torch.no_grad()
     def __call__(
@@ -150,8 +158,11 @@ class CpuStep:
                 layer.lazy_initialization(none, none)
             layer.reserve(count)
             keys, values = layer.stores
-            table[(i + 1) * width - 2] = keys.data_ptr()
-            table[(i + 1) * width - 1] = values.data_ptr()
+            table[(i + 1) * width - 3] = keys.data_ptr()
+            table[(i + 1) * width - 2] = values.data_ptr()
+        if self.watched is not None:
+            self.caught = torch.empty_like(x)
+            table[(self.watched + 1) * width - 1] = self.caught.data_ptr()
         filled: int = cache.layers[0].length
         if out is None:
             out = x.new_empty(rows, count, vocab_size)
