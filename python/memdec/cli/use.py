@@ -485,6 +485,8 @@ def print_speed(speed: DecodeSpeed) -> None:
             cell(timing.acceptance, ".2f"),
             cell(timing.tokens_per_round, ".2f"),
         )
+    # Rather lines that a narrow terminal breaks than figures that are cut off.
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
     verify = ", ".join(f"{n}: {cost:.2f}" for n, cost in speed.verify.items())
     forced = str(speed.settings.get("acceptance", ""))
