@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench_training import VOCAB, smollm2_shape
 from memdec.decoding.bench import bytes_read
 from memdec.decoding.engine import Reader
 from memdec.decoding.packing import packed_linears
@@ -17,25 +17,11 @@ FILLED, ROOM = 150, 256
 SIZES = {"cpu": {"rows": [1, 3, 5, 8]}, "cuda": {"rows": [1]}}
 
 
-def smollm2(dtype):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def bench_model_step(compare, device, rows, dtype):
     if device != "cpu":
         pytest.skip("a step on a GPU is measured by bench/gpu/decoding.py")
-    ids = torch.randint(0, 49152, (1, FILLED + rows))
+    ids = torch.randint(0, VOCAB, (1, FILLED + rows))
     positions = torch.arange(FILLED + rows)[None]
     with ExitStack() as stack, torch.no_grad():
         contestants = {}
@@ -44,10 +30,10 @@ def bench_model_step(compare, device, rows, dtype):
             ("transformers, packed weights", packed_linears),
             ("transformers", None),
         ):
-            model = smollm2(dtype)
+            model = smollm2_shape().to(dtype).eval()
             if how is not None:
                 stack.enter_context(how(model))
-            reader = Reader(model, ROOM, 49152)
+            reader = Reader(model, ROOM, VOCAB)
             reader.read(ids[:, :FILLED], None, positions[:, :FILLED], last_only=True)
 
             def step(reader=reader):

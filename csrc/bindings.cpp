@@ -5,9 +5,7 @@
 // Every op's last argument says where it runs: the number of CPU threads, or (device, stream, workspace, workspace bytes) for
 // CUDA. An op that is given too little workspace does nothing but return how much it wants; otherwise it runs and returns 0.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
 #include <string>
 #include <tuple>
 
@@ -129,6 +127,9 @@ int64_t run(const char* name, Status (*on_cpu)(const Op&, const Launch&), const 
   raise_unless_ok(name, status);
   return 0;
 }
+
+// layers, hidden, heads, key heads, width of a head, of the MLP, vocabulary: of memdec::DecodeStep
+using StepShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 // keys, counts, thresholds, capacity, keep: memdec::TopkBuffers
 using Buffers = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
@@ -321,7 +322,7 @@ PYBIND11_MODULE(_C, m) {
          .next = pointer<int64_t>(next)},
         launch);
   });
-  m.def("decode_step", [](int dtype, int64_t texts, int64_t tokens, const std::array<int64_t, 7>& shape, int64_t room, int64_t filled,
+  m.def("decode_step", [](int dtype, int64_t texts, int64_t tokens, const StepShape& shape, int64_t room, int64_t filled,
                           uintptr_t layer, double epsilon, double scale, uintptr_t embedded, uintptr_t cos, uintptr_t sin, uintptr_t mask,
                           int64_t mask_stride, uintptr_t norm, uintptr_t head, uintptr_t head_bias, uintptr_t logits, int64_t logits_stride,
                           const Launch& launch) {

@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def two_threads() -> None:
     """The tests run on two cores, and their figures must not depend on the machine's number of them."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The SIMD level that a test is parametrised with; skipped where it was not built or the machine has not got it."""
+    from memdec import _C, build_info
+
+    before = build_info()["simd"]
+    try:
+        _C.set_simd_level(request.param)
+    except ValueError:
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    _C.set_simd_level(before)
 
 
 @pytest.fixture(scope="session")

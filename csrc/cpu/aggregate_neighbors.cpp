@@ -435,8 +435,7 @@ inline Status aggregate(const AggregateNeighbors& op, const Packing& packing, in
         pairs += lengths[r - first];
       }
       int64_t begin;
-      for (int waited = 0; (begin = __atomic_load_n(&ends[chunk], __ATOMIC_ACQUIRE)) < 0; ++waited)
-        if (waited > 1000) yield_thread();
+      wait_until([&] { return (begin = __atomic_load_n(&ends[chunk], __ATOMIC_ACQUIRE)) >= 0; });
       __atomic_store_n(&ends[chunk + 1], begin + pairs, __ATOMIC_RELEASE);
       stream(op.out_ids + begin, work.tokens, static_cast<int64_t>(sizeof(int32_t)) * pairs);
       stream(op.out_probs + begin, work.probs, static_cast<int64_t>(sizeof(float)) * pairs);

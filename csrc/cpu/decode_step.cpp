@@ -259,24 +259,15 @@ class Step {
     return larger(1, whole / weights_at_once) * weights_at_once;
   }
 
-  void wait_until(int64_t done) const {
-    for (int patience = 2000; __atomic_load_n(&done_, __ATOMIC_ACQUIRE) < done;) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-      if (patience > 0) {
-        --patience;
-      } else {
-        yield_thread();
-      }
-    }
+  void wait_for(int64_t tiles_done) const {
+    wait_until([&] { return __atomic_load_n(&done_, __ATOMIC_ACQUIRE) >= tiles_done; });
   }
 
   void in_layer(int64_t i) {
     const int64_t layer = i / starts_[groups], place = i % starts_[groups];
     int group = 0;
     while (place >= starts_[group + 1]) ++group;
-    wait_until(layer * starts_[groups] + starts_[group]);
+    wait_for(layer * starts_[groups] + starts_[group]);
     const StepLayer& weights = op_.layer[layer];
     const int64_t at = place - starts_[group];
     switch (group) {
@@ -293,10 +284,10 @@ class Step {
 
   void at_the_end(int64_t i, int64_t before) {
     if (i < rows_) {
-      wait_until(before);
+      wait_for(before);
       return norm_row(op_.norm, i, nullptr);
     }
-    wait_until(before + rows_);
+    wait_for(before + rows_);
     const int64_t begin = (i - rows_) * head_tile_;
     T* const logits = static_cast<T*>(op_.logits);
     multiply<T>(op_.head, op_.head_bias, begin, smaller(begin + head_tile_, op_.vocab), normed_.data, rows_, op_.hidden,

@@ -16,6 +16,21 @@ void yield_thread();
 
 namespace {
 
+// Returns when done() says so, which another thread brings about: soon, or this one lets others run on its core.
+template <class F>
+inline void wait_until(const F& done) {
+  for (int patience = 1000; !done();) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (patience > 0) {
+      --patience;
+    } else {
+      yield_thread();
+    }
+  }
+}
+
 // parallel_ranges for a callable f(begin, end).
 template <class F>
 inline void parallel(int64_t count, int64_t grain, int threads, const F& f) {

@@ -110,7 +110,7 @@ def test_bench_decode_prints_a_table_and_writes_json(memdec, fitted, tiny_model_
     assert "then:" in printed and timings["base alone"]["predicted"] is None
     for timing in content["timings"]:
         if not timing["note"]:
-            assert 0 < timing["first_seconds"] < 2 * 32 * timing["seconds_per_token"]  # a tiny model's runs vary
+            assert 0 < timing["first_seconds"] < 32 * timing["seconds_per_token"]
     assert min(timings[name]["next_to_best_base"] for name in names if name.startswith("base")) == 1
     for wrong in ("0", "2,x", "2,,3", " "):
         assert memdec("bench-decode", *pair, "--draft-tokens", wrong) == 1

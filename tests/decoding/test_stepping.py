@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import fused_checks
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from memdec import _C, MemoryModel, build_info
+from memdec import MemoryModel, build_info
 from memdec.decoding import packing, stepping
 from memdec.decoding.engine import Reader
 from memdec.decoding.stepping import MOST_ROWS, cpu_step, quick_steps, step_of
@@ -20,18 +20,8 @@ from memdec.modeling.keys import captured_inputs
 
 VOCABULARY = 97
 PROMPT = 5
+every_level = pytest.mark.parametrize("simd", build_info()["simd_levels"], indirect=True)
 everyone = pytest.mark.parametrize("name", fused_checks.MODELS)
-
-
-@pytest.fixture(params=build_info()["simd_levels"])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = build_info()["simd"]
-    try:
-        _C.set_simd_level(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    _C.set_simd_level(before)
 
 
 def ids_of(rows: int, count: int) -> Tensor:
@@ -78,21 +68,24 @@ def assert_same(model: Any, counts: list[int], tolerance: float) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+@every_level
 @everyone
 @pytest.mark.parametrize("counts", [[1, 1], [3], [8]])
-def test_says_what_the_model_says(name: str, counts: list[int], level: str) -> None:
+def test_says_what_the_model_says(name: str, counts: list[int], simd: str) -> None:
     """Keys and values as well; one of the two texts is padded."""
     assert_same(fused_checks.tiny(name), counts, 3e-5)
 
 
+@every_level
 @everyone
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
-def test_rounds_as_the_model_does(name: str, dtype: torch.dtype, tolerance: float, level: str) -> None:
+def test_rounds_as_the_model_does(name: str, dtype: torch.dtype, tolerance: float, simd: str) -> None:
     assert_same(fused_checks.tiny(name).to(dtype), [3, 1], tolerance)
 
 
+@every_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_read_beside_a_token_changes_no_bit(dtype: torch.dtype, level: str) -> None:
+def test_what_is_read_beside_a_token_changes_no_bit(dtype: torch.dtype, simd: str) -> None:
     """Other tokens at the same time, other texts, other numbers of threads."""
     model = fused_checks.tiny("llama", hidden_size=192, intermediate_size=320, num_hidden_layers=3).to(dtype)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -37,20 +37,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             indirect=[name for name in names if name == "simd"],
             ids=["-".join(str(case[name]) for name in names if name != "on_cuda") for case in cases],
         )
-
-
-@pytest.fixture
-def simd(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each SIMD level in turn; skipped where it was not built or the machine has not got it."""
-    from memdec import _C, build_info
-
-    before = build_info()["simd"]
-    try:
-        _C.set_simd_level(request.param)
-    except ValueError:
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    _C.set_simd_level(before)
 
 
 def _hard_rows(vocab: int) -> torch.Tensor:

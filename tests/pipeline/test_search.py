@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memdec import _C, MemdecError, build_info
+from memdec import MemdecError, build_info
 from memdec.pipeline import search
 from memdec.pipeline.search import (
     build_index,
@@ -71,17 +71,6 @@ def whole_numbers(rows, dim, seed, high=4):
     return torch.randint(-high, high + 1, (rows, dim), generator=torch.Generator().manual_seed(seed)).float()
 
 
-@pytest.fixture(params=build_info()["simd_levels"])
-def simd(request):
-    before = build_info()["simd"]
-    try:
-        _C.set_simd_level(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    _C.set_simd_level(before)
-
-
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() and build_info()["cuda"] == "on" else [])])
 def device(request, monkeypatch):
     """Where products are made and filtered. With --cuda=host CUDA kernels take CPU tensors, and want more room."""
@@ -91,6 +80,7 @@ def device(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("simd", build_info()["simd_levels"], indirect=True)
 # Whole numbers: every distance is exact in float32, ties abound, and the one right answer has equal distances in the
 # order of their ids. 3000 rows are three key blocks of 1024, the last one short; a width of 37 leaves a tail to every
 # vector.

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.generation.configuration_utils import CompileConfig
 
 from memdec.decoding import engine, graphs
-from memdec.decoding.engine import Reader, continue_alone
+from memdec.decoding.engine import Reader, generate_alone
 from memdec.decoding.plan import LONGEST_DRAFT, expected_tokens, speed_up
 from memdec.decoding.stepping import quick_steps
 from memdec.errors import MemdecError
@@ -106,8 +106,8 @@ class DecodeSpeed:
     Attributes:
         timings: one a way.
         alpha: weight of the memory.
-        cost_ratio: c, a step of the memory alone over one of the base alone, both in transformers' generate after its
-            first token, in steps of ours; on a GPU both as CUDA graphs.
+        cost_ratio: c, a step of the memory alone over one of the base alone, both writing greedily in steps of
+            ours, after the first token; on a GPU both as CUDA graphs.
         verify: v(n) for n = 1, 2, …: a base forward of n tokens over one of one, likewise.
         settings: prompts, tokens, repeats, dtype, device, threads, versions.
     """
@@ -185,8 +185,8 @@ def measure(
             "base",
             lambda n, ids: base.generate(ids, disable_compile=True, **static, **greedy(n)),
         )
-        ways[OURS] = ("base", lambda n, ids: _generate_alone(base, ids, n, width))
-        ways["memory alone"] = ("memory", lambda n, ids: _generate_alone(memory, ids, n, width))
+        ways[OURS] = ("base", lambda n, ids: generate_alone(base, ids, n, width))
+        ways["memory alone"] = ("memory", lambda n, ids: generate_alone(memory, ids, n, width))
     if acceptance is None:  # transformers' drafts cannot be forced
         ways["assisted (transformers)"] = (
             "base",
@@ -501,12 +501,6 @@ def _compiled(run: Callable[[int, Tensor], Any]) -> Callable[[int, Tensor], Any]
             return run(n, ids)
 
     return compiled
-
-
-def _generate_alone(model: Any, ids: Tensor, new_tokens: int, vocab_size: int) -> Tensor:
-    with quick_steps(model):
-        reader = Reader(model, ids.shape[1] + new_tokens, vocab_size)
-        return continue_alone(reader, ids, new_tokens, lambda logits: logits.argmax(-1))
 
 
 def _compile_anywhere() -> Any:

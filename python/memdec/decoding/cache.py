@@ -70,6 +70,14 @@ class RollbackLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.stores = [store[indices] for store in self.stores]
 
 
+def begin_without_prompt(cache: Cache, like: Tensor, rows: int, heads: int, dim: int) -> None:
+    """Sets the memory of the layers aside where no prompt has; of the dtype and device of `like`."""
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            none = like.new_empty(rows, heads, 0, dim)
+            layer.lazy_initialization(none, none)
+
+
 def can_roll_back(model: Any) -> bool:
     """Whether every layer of the model's own cache is a plain list of keys and values, without windows or states."""
     layers = DynamicCache(config=model.config).layers

@@ -24,16 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from memdec.decoding.cache import rollback_cache
+from memdec.decoding.cache import can_roll_back, rollback_cache
 from memdec.decoding.plan import LONGEST_RUN, Estimates
-from memdec.decoding.stepping import MOST_ROWS, step_of
+from memdec.decoding.stepping import MOST_ROWS, quick_steps, step_of
 from memdec.decoding.support import Warpers
 from memdec.errors import MemdecError
 from memdec.modeling.cache import cache_name
 from memdec.modeling.decode import Decode
-from memdec.modeling.structure import bare, input_device, takes
+from memdec.modeling.structure import bare, input_device, takes, text_config
 from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
 from memdec.ops.reference import acceptance_coins
 
@@ -94,6 +95,14 @@ class Reader:
         return logits[..., : self.vocab_size]
 
 
+def reader_alone(model: Any, room: int, vocab_size: int) -> Reader:
+    """A reader with room for so many tokens before its cache has to grow, of which nothing is taken back."""
+    reader = Reader(model, room, vocab_size)
+    if not can_roll_back(model):  # so the model's own kind of cache will do
+        reader.cache = DynamicCache(config=text_config(model))
+    return reader
+
+
 def continue_alone(
     reader: Reader,
     unread: Tensor,  # (1, n) ids that follow what the reader has read
@@ -109,6 +118,19 @@ def continue_alone(
         unread = choose(logits).to(unread.device)[:, None]
         made.append(unread)
     return torch.cat(made, 1)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest tokens, (B,), of logits (B, V)."""
+    return logits.argmax(-1)
+
+
+@torch.no_grad()
+def generate_alone(model: Any, prompt: Tensor, new_tokens: int, vocab_size: int) -> Tensor:
+    """The likeliest continuation (1, new_tokens) of a prompt (1, L) by one model, in our own steps."""
+    with quick_steps(model):
+        reader = reader_alone(model, prompt.shape[1] + new_tokens, vocab_size)
+        return continue_alone(reader, prompt, new_tokens, likeliest)
 
 
 def row_seeds(rows: int, device: torch.device) -> Tensor:

@@ -36,7 +36,7 @@ from torch.nn import functional
 from torch.utils.dlpack import from_dlpack
 from transformers.cache_utils import Cache
 
-from memdec.decoding.cache import can_roll_back
+from memdec.decoding.cache import begin_without_prompt, can_roll_back
 from memdec.decoding.kernels import (
     add_norm,
     cached_attention,
@@ -148,10 +148,8 @@ class FusedStep:
         few = rows * count <= FEW
         mask = None if few and hidden.shape[-1] <= NEAR else self.mask(hidden, x.dtype)
         residual: Tensor | None = None
+        begin_without_prompt(cache, x, rows, self.key_heads, self.dim)
         for block, layer in zip(inner.layers, cache.layers, strict=True):
-            if not layer.is_initialized:  # no prompt was read
-                none = x.new_empty(rows, self.key_heads, 0, self.dim)
-                layer.lazy_initialization(none, none)
             attention, mlp = block.self_attn, block.mlp
             before, after = block.input_layernorm, block.post_attention_layernorm
             query_key_value, gate_up = map(side_by_side, _products(block))

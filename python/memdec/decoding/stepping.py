@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from memdec import _C
+from memdec.decoding.cache import begin_without_prompt
 from memdec.decoding.fusing import qualifies
 from memdec.decoding.packing import packed_linears
 from memdec.decoding.support import why_not_itself
@@ -150,12 +151,10 @@ class CpuStep:
                 "do that between calls of generate."
             )
         cos, sin = (part.expand(rows, -1, -1).contiguous() for part in self.rotary(x, positions))
+        begin_without_prompt(cache, x, rows, self.key_heads, self.dim)
         table = self.table[:]  # another thread may be in a step of the same model
         width = len(table) // len(cache.layers)
         for i, layer in enumerate(cache.layers):
-            if not layer.is_initialized:  # no prompt was read
-                none = x.new_empty(rows, self.key_heads, 0, self.dim)
-                layer.lazy_initialization(none, none)
             layer.reserve(count)
             keys, values = layer.stores
             table[(i + 1) * width - 3] = keys.data_ptr()

@@ -29,11 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from memdec.decoding.bench import take_turns
-from memdec.decoding.cache import can_roll_back
-from memdec.decoding.engine import Reader, continue_alone
+from memdec.decoding.engine import Reader, continue_alone, generate_alone, likeliest, reader_alone
 from memdec.decoding.stepping import quick_steps
 from memdec.errors import MemdecError
 from memdec.evaluation.rag import EVERY, QUERY_TOKENS, Retriever, check_room
@@ -128,9 +126,7 @@ def plain_decoder(model: Any) -> Decoder:
 
     @torch.no_grad()
     def decode(prompt: Tensor, new_tokens: int) -> Tensor:
-        with quick_steps(model):
-            reader = _reader(model, prompt.shape[1] + new_tokens, width)
-            return continue_alone(reader, prompt, new_tokens, _likeliest)
+        return generate_alone(model, prompt, new_tokens, width)
 
     return decode
 
@@ -202,7 +198,7 @@ def knn_decoder(
     @torch.no_grad()
     def decode(prompt: Tensor, new_tokens: int) -> Tensor:
         with quick_steps(model), captured_inputs(module) as captured:
-            reader = _reader(model, prompt.shape[1] + new_tokens, width)
+            reader = reader_alone(model, prompt.shape[1] + new_tokens, width)
             step = reader.step
             if step is not None and not step.watch(module):
                 reader.step = None  # the key is nothing that it knows of
@@ -269,25 +265,13 @@ def rag_decoder(
                 longest = prefix.shape[1] + text.shape[1] + every - 1
                 start = 0 if most_inputs is None else max(0, longest - most_inputs)
                 if reader is None or read != (found, start):
-                    reader = _reader(model, longest - start + 16 * every, width)
+                    reader = reader_alone(model, longest - start + 16 * every, width)
                     unread = torch.cat([prefix, text[:, start:]], 1)
                     read = (found, start)
                 else:
                     unread = text[:, -1:]
-                new = continue_alone(reader, unread, min(every, length - text.shape[1]), _likeliest)
+                new = continue_alone(reader, unread, min(every, length - text.shape[1]), likeliest)
                 text = torch.cat([text, new], 1)
         return text[:, prompt.shape[1] :]
 
     return decode
-
-
-def _reader(model: Any, room: int, width: int) -> Reader:
-    """A reader with room for so many tokens before its cache has to grow."""
-    reader = Reader(model, room, width)
-    if not can_roll_back(model):  # nothing is taken back here, so that the model's own kind of cache will do
-        reader.cache = DynamicCache(config=text_config(model))
-    return reader
-
-
-def _likeliest(logits: Tensor) -> Tensor:
-    return logits.argmax(-1)
