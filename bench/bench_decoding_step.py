@@ -17,15 +17,15 @@ ALPHA, VOCAB = 0.4, 151936
 SIZES = {"cpu": {"rows": [1]}, "cuda": {"rows": [1, 8]}}
 
 
-def replayed(step, pairs):
-    """One replay runs `step` on every pair."""
+def replayed(step, inputs):
+    """One replay runs `step` on all of the inputs."""
     graph = torch.cuda.CUDAGraph()
-    for base, memory in pairs[:2]:
-        step(base, memory)  # allocates, compiles
+    for one in inputs[:2]:
+        step(*one)  # allocates, compiles
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        for base, memory in pairs:
-            step(base, memory)
+        for one in inputs:
+            step(*one)
     return graph.replay
 
 

@@ -105,7 +105,7 @@ void raise_unless_ok(const char* op, const Status& status) {
   }
 }
 
-// Runs one op with the GIL released. Returns 0, or the bytes of workspace that are wanted before it can run.
+// Runs one op with the GIL released; on_cpu is null for an op of CUDA only. Returns 0, or the bytes of workspace that are wanted before it can run.
 template <class Op>
 int64_t run(const char* name, Status (*on_cpu)(const Op&, const Launch&), const Op& op, const Launch& launch) {
   Status (*function)(const Op&, const Launch&) = on_cpu;
@@ -118,6 +118,10 @@ int64_t run(const char* name, Status (*on_cpu)(const Op&, const Launch&), const 
     const int64_t wanted = kernels.workspace_bytes ? kernels.workspace_bytes(op) : 0;
     if (wanted > launch.workspace_bytes) return wanted;
     function = kernels.run;
+  }
+  if (!function) {
+    PyErr_Format(PyExc_NotImplementedError, "%s: there is no kernel for the CPU", name);
+    throw py::error_already_set();
   }
   Status status;
   {
@@ -225,6 +229,16 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("scale_rows", [](const Rows& rows, uintptr_t factors, int64_t factors_stride, const Launch& launch) {
     return run("scale_rows", memdec::scale_rows, {.rows = rows, .factors = pointer(factors), .factors_stride = factors_stride}, launch);
+  });
+
+  m.def("linear_of_rows", [](int dtype, int64_t rows, int64_t width, int64_t outputs, bool gated, uintptr_t x, int64_t x_stride, uintptr_t norm,
+                             double epsilon, uintptr_t weight, uintptr_t bias, uintptr_t residual, int64_t residual_stride, uintptr_t result,
+                             const Launch& launch) {
+    return run<memdec::LinearOfRows>("linear_of_rows", nullptr,
+        {.dtype = static_cast<memdec::DType>(dtype), .rows = rows, .width = width, .outputs = outputs, .gated = gated, .x = pointer(x),
+         .x_stride = x_stride, .norm = pointer(norm), .epsilon = epsilon, .weight = pointer(weight), .bias = pointer(bias),
+         .residual = pointer(residual), .residual_stride = residual_stride, .result = pointer(result)},
+        launch);
   });
 
   m.def("aggregate_neighbors", [](const Rows& distances, uintptr_t token_ids, int64_t token_ids_stride, bool wide_ids, double temperature,

@@ -294,7 +294,7 @@ struct StepLayer {
 };
 
 // Logits after each of a few new tokens of each text, whose keys and values go into the cache behind the `filled` that it holds.
-// CPU only; a GPU's steps are made of the kernels in python/memdec/decoding/triton_kernels.py.
+// CPU only; a GPU's steps are made of linear_of_rows and of the kernels in python/memdec/decoding/triton_kernels.py.
 struct DecodeStep {
   DType dtype;  // float32, bfloat16 or float16
   int64_t texts, tokens;
@@ -314,6 +314,23 @@ struct DecodeStep {
   int64_t logits_stride;   // elements between texts
 };
 Status decode_step(const DecodeStep& op, const Launch& launch);
+
+// A linear layer of a few rows, in half precision, and what a model's step does before and after it: y = x̂ · Wᵀ + b + r, where x̂ is x
+// or its RMS norm; gated, y = g / (1 + exp(−g)) · u of the layer's first outputs g and its last ones u. CUDA only.
+struct LinearOfRows {
+  DType dtype;  // bfloat16 or float16
+  int64_t rows, width, outputs;  // rows in [1, 8], width a multiple of 8
+  bool gated;
+  const void* x;            // (rows, width), 16-byte aligned rows
+  int64_t x_stride;         // elements between rows
+  const void* norm;         // (width,), 16-byte aligned, or null: as it is
+  double epsilon;           // of the norm
+  const void* weight;       // (outputs, width), or gated (2·outputs, width); contiguous, 16-byte aligned
+  const void* bias;         // (outputs,) or (2·outputs,), or null
+  const void* residual;     // (rows, outputs), or null
+  int64_t residual_stride;  // elements between rows
+  void* result;             // (rows, outputs) out, contiguous
+};
 
 // log(α·(q + (1−m)·p) + (1−α)·p), p = softmax(base), q the teacher's row and m its mass: the kNN-LM.
 struct InterpolateSparse {
@@ -347,6 +364,7 @@ int64_t workspace_bytes(const AlignmentLoss& op);
 Status alignment_gradient(const AlignmentGradient& op, const Launch& launch);
 int64_t workspace_bytes(const AlignmentGradient& op);
 Status scale_rows(const ScaleRows& op, const Launch& launch);
+Status linear_of_rows(const LinearOfRows& op, const Launch& launch);
 Status interpolate(const Interpolate& op, const Launch& launch);
 int64_t workspace_bytes(const Interpolate& op);
 Status interpolate_argmax(const InterpolateArgmax& op, const Launch& launch);

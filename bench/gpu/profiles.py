@@ -48,6 +48,7 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
     """By name what makes the inputs and gives the call."""
     from bench_alignment_loss import teacher_of
     from memdec import ops
+    from memdec.decoding.products import linear_of_rows
 
     def align(rows: int, vocab: int) -> Callable[[], object]:
         logits = torch.randn(rows, vocab).mul_(3).bfloat16()
@@ -69,6 +70,11 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
         distances = (torch.rand(16384, 1024) * 300 + 100).bfloat16()
         return lambda: ops.aggregate_neighbors(distances, tokens, temperature=16.0, vocab_size=50257)
 
+    def few_rows(outputs: int, width: int, gated: bool) -> Callable[[], object]:
+        x, weight, norm = (torch.randn(*shape).bfloat16() for shape in ((3, width), (outputs, width), (width,)))
+        residual = None if gated else torch.randn(3, outputs).bfloat16()
+        return lambda: linear_of_rows(x, weight, None, norm if gated else None, 1e-6, residual, gated)
+
     sample = ops.interpolate_sample
     return {
         "alignment_loss 50257": lambda: align(4096, 50257),
@@ -84,6 +90,8 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
         "interpolate_sample, 1 row": lambda: pair(1, sample, seed=1),
         "interpolate_sample, 8 rows": lambda: pair(8, sample, seed=1),
         "interpolate_sample temperature": lambda: pair(1024, sample, seed=1, temperature=0.8),
+        "linear_of_rows, gate and up of 1.5B": lambda: few_rows(17920, 1536, True),
+        "linear_of_rows, down of 1.5B": lambda: few_rows(1536, 8960, False),
         "interpolate_sample top_k top_p": lambda: pair(67, sample, seed=1, top_k=50, top_p=0.9),
     }
 

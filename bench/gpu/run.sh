@@ -3,7 +3,7 @@
 #
 #     bash bench/gpu/run.sh OUTDIR              build for this GPU, tests, sanitizers, benchmarks
 #     bash bench/gpu/run.sh OUTDIR --rehearse   the same steps where there is no GPU: the CPU stands in for it
-#     PARTS="bench" bash bench/gpu/run.sh OUT   some of: tests sanitizers bench decoding profiles
+#     PARTS="bench" bash bench/gpu/run.sh OUT   some of: tests sanitizers decoding profiles bench
 #
 # OUTDIR gets a log a kind of step, steps.jsonl (a line a step), bench.jsonl (a line a contestant), profile.jsonl (a line a kernel)
 # and decoding.jsonl (a line a pair), all with device, driver, versions and commit (MEMDEC_COMMIT=… where the folder has no git history). A step has a time limit of its own, and one that
@@ -16,7 +16,7 @@ OUT=$(cd "$1" && pwd)
 REHEARSE=no
 [ "${2:-}" = --rehearse ] && REHEARSE=yes
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-tests sanitizers bench decoding profiles}
+PARTS=${PARTS:-tests sanitizers decoding profiles bench}
 BUDGET=${BUDGET:-570} # seconds in all
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -79,7 +79,7 @@ if part sanitizers; then
   # A few tests of each kernel, at small shapes: slowed down a hundred times, the rest would take an hour.
   small="edges or views or odd_addresses or lowest_of_equals or most_probable or absent or cuts_as or threshold"
   small="$DEVICE and ($small or small_temperature or outside_0_to_1 or cannot_check or without_mass)"
-  files=(tests/ops/test_{token_log_prob,aggregate_neighbors,alignment_loss,interpolate_argmax,interpolate_sample,verify_draft}.py
+  files=(tests/ops/test_{token_log_prob,aggregate_neighbors,alignment_loss,interpolate_argmax,interpolate_sample,verify_draft,linear_of_rows}.py
     tests/pipeline/test_search.py)
   for tool in memcheck racecheck; do
     if [ $REHEARSE = yes ]; then
@@ -92,20 +92,20 @@ if part sanitizers; then
 fi
 wait
 
-if part bench; then
-  # Those with goals first. One process: to start twelve takes a minute.
-  benches=(alignment_loss interpolate_argmax interpolate_sample interpolate_log_prob aggregate_neighbors decoding_step host_cost
-    linear_alignment_loss interpolate token_log_prob search training)
-  [ $REHEARSE = yes ] && benches=(token_log_prob decoding_step)
-  # shellcheck disable=SC2046  # a word a file
-  step "benches" bench 280 "${BENCH[@]}" -s --timeout=60 $(printf "bench/bench_%s.py " "${benches[@]}") --device=$DEVICE \
-    --json-lines="$OUT/bench.jsonl"
-fi
 if part decoding && [ $REHEARSE = no ]; then
   step "decoding" bench 110 "$PYTHON" bench/gpu/decoding.py --out "$OUT/decoding.jsonl"
 fi
 if part profiles && [ $REHEARSE = no ]; then
   step "profiles" bench 75 "$PYTHON" bench/gpu/profiles.py --out "$OUT/profile.jsonl"
+fi
+if part bench; then
+  # Last, since they take what time is left; those with goals first. One process: to start a dozen takes a minute.
+  benches=(alignment_loss interpolate_argmax interpolate_sample interpolate_log_prob aggregate_neighbors decoding_step host_cost
+    linear_of_rows linear_alignment_loss interpolate token_log_prob search training)
+  [ $REHEARSE = yes ] && benches=(token_log_prob decoding_step linear_of_rows)
+  # shellcheck disable=SC2046  # a word a file
+  step "benches" bench 280 "${BENCH[@]}" -s --timeout=60 $(printf "bench/bench_%s.py " "${benches[@]}") --device=$DEVICE \
+    --json-lines="$OUT/bench.jsonl"
 fi
 
 "$PYTHON" bench/gpu/report.py table "$OUT"

@@ -34,6 +34,8 @@ inline constexpr Kernels<AlignmentGradient> kernels<AlignmentGradient>{alignment
 template <>
 inline constexpr Kernels<ScaleRows> kernels<ScaleRows>{scale_rows};
 template <>
+inline constexpr Kernels<LinearOfRows> kernels<LinearOfRows>{linear_of_rows};
+template <>
 inline constexpr Kernels<Interpolate> kernels<Interpolate>{interpolate, workspace_bytes};
 template <>
 inline constexpr Kernels<InterpolateArgmax> kernels<InterpolateArgmax>{interpolate_argmax, workspace_bytes};

@@ -45,8 +45,8 @@ Status interpolate(const Interpolate& op, const Launch& where) {
     Parts parts(where.workspace);
     const Scratch scratch = scratch_of(op, parts);
     launch(reduce_spans<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, scratch.states);
-    launch_early(merge_states, rows.count, warp_size, stream, op.mixture, scratch.states, scratch.log_probs);
-    launch_early(write_log_probs<T>, rows.count * spans_written(rows.columns), block_threads, stream, op, scratch.log_probs);
+    launch_early(merge_states, rows.count, warp_size, 0, stream, op.mixture, scratch.states, scratch.log_probs);
+    launch_early(write_log_probs<T>, rows.count * spans_written(rows.columns), block_threads, 0, stream, op, scratch.log_probs);
   });
 }
 

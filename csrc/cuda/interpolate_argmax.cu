@@ -142,8 +142,8 @@ Status interpolate_argmax(const InterpolateArgmax& op, const Launch& where) {
     auto* const noted = static_cast<Noted*>(where.workspace);
     launch(note_candidates<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, noted);
     const int64_t rows = op.mixture.base.count;
-    if (rows <= few_rows) launch_early(argmax_of_rows<T, many_warps * warp_size>, rows, many_warps * warp_size, stream, op, noted);
-    else launch_early(argmax_of_rows<T, few_warps * warp_size>, rows, few_warps * warp_size, stream, op, noted);
+    if (rows <= few_rows) launch_early(argmax_of_rows<T, many_warps * warp_size>, rows, many_warps * warp_size, 0, stream, op, noted);
+    else launch_early(argmax_of_rows<T, few_warps * warp_size>, rows, few_warps * warp_size, 0, stream, op, noted);
   });
 }
 

@@ -37,7 +37,7 @@ Status interpolate_log_prob(const InterpolateLogProb& op, const Launch& where) {
     if (op.mixture.base.count == 0) return;
     auto* const states = static_cast<Softmax<float>*>(where.workspace);
     launch(reduce_spans<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, states);
-    launch_early(log_prob_of_rows<T>, op.mixture.base.count, warp_size, stream, op, states);
+    launch_early(log_prob_of_rows<T>, op.mixture.base.count, warp_size, 0, stream, op, states);
   });
 }
 

@@ -212,10 +212,10 @@ void draw_with_cuts(const InterpolateSample& op, const Scratch& scratch, cudaStr
   const Cuts cuts = cuts_of(op);
   for (int64_t first = 0; first < rows; first += rows_at_once(columns)) {
     const int64_t count = smaller(rows_at_once(columns), rows - first), blocks = count * spans_of(columns);
-    launch_early(score_spans<T>, blocks, block_threads, stream, op, scratch.rows, first, scratch.scores);
-    if (cuts.have_borders()) launch_early(bin_scores, blocks, block_threads, stream, scratch.scores, cuts);
-    launch_early(draw_from_scores, blocks, block_threads, stream, op, first, scratch.scores, cuts);
-    launch_early(cut_rows, count, row_threads, stream, op, first, scratch.scores, cuts);
+    launch_early(score_spans<T>, blocks, block_threads, 0, stream, op, scratch.rows, first, scratch.scores);
+    if (cuts.have_borders()) launch_early(bin_scores, blocks, block_threads, 0, stream, scratch.scores, cuts);
+    launch_early(draw_from_scores, blocks, block_threads, 0, stream, op, first, scratch.scores, cuts);
+    launch_early(cut_rows, count, row_threads, 0, stream, op, first, scratch.scores, cuts);
   }
 }
 
@@ -236,17 +236,17 @@ Status interpolate_sample(const InterpolateSample& op, const Launch& where) {
     const int64_t blocks = rows.count * spans_of(rows.columns);
     if (is_plain(op)) {
       launch(reduce_picked_spans<T>, blocks, block_threads, 0, stream, op, scratch.states);
-      launch_early(draw_from_picked<T>, rows.count, block_threads, stream, op, scratch.states);
+      launch_early(draw_from_picked<T>, rows.count, block_threads, 0, stream, op, scratch.states);
       return;
     }
     launch(reduce_spans<T>, span_states(op.mixture), block_threads, 0, stream, op.mixture, scratch.states);
-    launch_early(merge_states, rows.count, warp_size, stream, op.mixture, scratch.states, scratch.rows);
+    launch_early(merge_states, rows.count, warp_size, 0, stream, op.mixture, scratch.states, scratch.rows);
     if (has_cuts(op)) {
       draw_with_cuts<T>(op, scratch, stream);
       return;
     }
-    launch_early(scale_spans<T>, blocks, block_threads, stream, op, scratch.rows, scratch.scaled);
-    launch_early(draw_from_mixed<T>, rows.count, block_threads, stream, op, scratch.rows, scratch.scaled);
+    launch_early(scale_spans<T>, blocks, block_threads, 0, stream, op, scratch.rows, scratch.scaled);
+    launch_early(draw_from_mixed<T>, rows.count, block_threads, 0, stream, op, scratch.rows, scratch.scaled);
   });
 }
 

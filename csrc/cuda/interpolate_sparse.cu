@@ -96,8 +96,8 @@ Status interpolate_sparse(const InterpolateSparse& op, const Launch& where) {
     Parts parts(where.workspace);
     const Scratch scratch = scratch_of(op, parts);
     launch(reduce_spans_of_rows<T>, rows.count * spans_of(rows.columns), block_threads, 0, stream, rows, scratch.states);
-    launch_early(merge_rows, rows.count, warp_size, stream, op, scratch.states, scratch.laws);
-    launch_early(write_log_probs<T>, rows.count * spans_written(rows.columns), block_threads, stream, op, scratch.laws);
+    launch_early(merge_rows, rows.count, warp_size, 0, stream, op, scratch.states, scratch.laws);
+    launch_early(write_log_probs<T>, rows.count * spans_written(rows.columns), block_threads, 0, stream, op, scratch.laws);
   });
 }
 

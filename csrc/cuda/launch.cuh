@@ -28,7 +28,8 @@ inline void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
 // Queues a kernel that begins with wait_for_kernel_before: from Hopper on its blocks may be started while the kernel that was queued
 // before it still runs, once every block of that has called let_next_kernel_start or is done.
 template <class... Parameters, class... Arguments>
-inline void launch_early(void (*kernel)(Parameters...), int64_t grid, int block, cudaStream_t stream, const Arguments&... arguments) {
+inline void launch_early(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
+                         const Arguments&... arguments) {
 #if defined(__CUDACC__)
   int device = 0, generation = 0;
   cudaGetDevice(&device);
@@ -39,12 +40,13 @@ inline void launch_early(void (*kernel)(Parameters...), int64_t grid, int block,
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid <= INT32_MAX ? static_cast<unsigned>(grid) : 0u);
   config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = generation >= 9 ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #else
-  launch(kernel, grid, block, 0, stream, arguments...);
+  launch(kernel, grid, block, shared_bytes, stream, arguments...);
 #endif
 }
 

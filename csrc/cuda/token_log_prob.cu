@@ -31,7 +31,7 @@ Status token_log_prob(const TokenLogProb& op, const Launch& where) {
     if (op.logits.count == 0) return;
     auto* const states = static_cast<Softmax<float>*>(where.workspace);
     launch(reduce_spans_of_rows<T>, op.logits.count * spans_of(op.logits.columns), block_threads, 0, stream, op.logits, states);
-    launch_early(log_prob_of_rows<T>, op.logits.count, warp_size, stream, op, states);
+    launch_early(log_prob_of_rows<T>, op.logits.count, warp_size, 0, stream, op, states);
   });
 }
 

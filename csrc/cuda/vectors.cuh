@@ -189,7 +189,17 @@ __device__ inline void end_group() {
 #endif
 }
 
-// Waits until at most so many of the thread's last groups are on the way; more than 7 count as 7.
+// Waits until at most so many of the thread's last groups are on the way.
+template <int on_the_way>
+__device__ inline void wait_for_groups() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(on_the_way) : "memory");
+#elif !defined(__CUDACC__)
+  host::wait_for_groups(on_the_way);
+#endif
+}
+
+// The same where it is not known beforehand; more than 7 count as 7.
 __device__ inline void wait_for_groups(int64_t on_the_way) {
 #if defined(__CUDA_ARCH__)
   switch (on_the_way) {

@@ -443,10 +443,10 @@ Status verify_draft(const VerifyDraft& op, const Launch& where) {
       const Cuts cuts = cuts_of(op);
       for (int64_t first = 0; first < rows.count * sides; first += at_once) {
         const int64_t count = smaller(at_once, rows.count * sides - first);
-        launch_early(score<T>, count * spans, block_threads, stream, op, scratch, first);
-        if (cuts.have_borders()) launch_early(bin_scores, count * spans, block_threads, stream, scratch.scores, cuts);
-        launch_early(weigh, count * spans, block_threads, stream, op, scratch, first, cuts);
-        launch_early(cut, count, row_threads, stream, op, scratch, first, cuts);
+        launch_early(score<T>, count * spans, block_threads, 0, stream, op, scratch, first);
+        if (cuts.have_borders()) launch_early(bin_scores, count * spans, block_threads, 0, stream, scratch.scores, cuts);
+        launch_early(weigh, count * spans, block_threads, 0, stream, op, scratch, first, cuts);
+        launch_early(cut, count, row_threads, 0, stream, op, scratch, first, cuts);
       }
     } else if (!is_plain(op)) {
       launch(scale<T>, rows.count * spans * sides, block_threads, 0, stream, op, scratch);

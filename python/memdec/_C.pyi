@@ -147,6 +147,26 @@ def interpolate_sparse(
     base: _Rows, teacher: _Sparse, alpha: float, alphas: int, log_probs: int, launch: _Launch, /
 ) -> int: ...
 
+# CUDA only
+def linear_of_rows(
+    dtype: int,
+    rows: int,
+    width: int,
+    outputs: int,
+    gated: bool,
+    x: int,
+    x_stride: int,
+    norm: int,
+    epsilon: float,
+    weight: int,
+    bias: int,
+    residual: int,
+    residual_stride: int,
+    result: int,
+    launch: _Launch,
+    /,
+) -> int: ...
+
 # shape: layers, hidden, heads, key heads, width of a head, width of the MLP, vocabulary
 def decode_step(
     dtype: int,

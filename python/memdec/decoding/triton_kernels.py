@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memdec.decoding import products
+
 COLUMNS = 512  # of a product that a program of silu_mul takes
 ENOUGH = 256  # programs: about two for each multiprocessor of a large GPU
 HELD = 128  # bytes of a weight that a thread holds
-TENSOR_ROWS = range(2, 9)  # whose products in half precision tensor cores compute
-PARTS, PART, STAGES = 8, 64, 4  # of _linear_of_rows: a piece's parts, their columns, pieces at a time
-GATED_PARTS, GATED_PART, GATED_STAGES = 4, 64, 3  # likewise, with two weights
+NARROW = 1024  # columns or outputs up to which _linear is faster for one row, by a tenth of a step of Qwen2.5 0.5B
 SLOTS, WARPS = 128, 8  # of a program of cached_attention: the slots that it looks at at once, and its warps
 
 
@@ -28,8 +28,7 @@ def early(device: torch.device) -> dict[str, bool]:
 
     Before :func:`_wait_for_kernel_before` such a kernel reads weights and what earlier steps left in the cache, nothing
     of this step, and writes nothing: earlier steps are done by then, since a step begins with a kernel of PyTorch's
-    own, which waits for all before it. Kernels of several rows do without: blocks that wait cost 0.2 ms in a step of
-    0.9, on an H100.
+    own, which waits for all before it.
     """
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if able and hasattr(tl.extra.cuda, "gdc_wait") else {"EARLY": False}
@@ -312,78 +311,6 @@ def _linear(
         tl.store(result + row * outputs + output, y.to(dtype), mask=there)
 
 
-# The same of TENSOR_ROWS rows in half precision, where a multiprocessor has time for so many products on tensor cores
-# only: 16 outputs of eight rows at a time. A piece of the width is cut into PARTS, one a warp, whose sums are added at
-# the end; the next pieces are copied to shared memory meanwhile.
-@triton.jit
-def _linear_of_rows(
-    x,  # (ROWS, WIDTH), rows `x_row` apart
-    norm_weight,  # (WIDTH,)
-    weight,  # (outputs, WIDTH); GATED (2·outputs, WIDTH): gate, up
-    bias,  # (outputs,) or (2·outputs,)
-    residual,  # (ROWS, outputs), rows `residual_row` apart
-    result,  # (ROWS, outputs)
-    x_row,
-    residual_row,
-    outputs,
-    epsilon,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADD: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    dtype = result.dtype.element_ty
-    row = tl.arange(0, 8)
-    output = tl.program_id(0) * 16 + tl.arange(0, 16)
-    given = row < ROWS
-    there = output < outputs
-    column = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
-    weight_at = weight + output.to(tl.int64)[None, :, None] * WIDTH + column[:, None, :]
-    up_at = weight_at + tl.cast(outputs, tl.int64) * WIDTH
-    x_at = x + row[None, None, :] * x_row + column[:, :, None]
-    if NORM:
-        squares = tl.zeros((8, 1024), tl.float32)
-        flat = tl.arange(0, 1024)
-        for start in range(0, WIDTH, 1024):
-            inside = given[:, None] & (flat < WIDTH - start)[None, :]
-            values = tl.load(x + row[:, None] * x_row + start + flat[None, :], mask=inside, other=0.0).to(tl.float32)
-            squares += values * values
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / WIDTH + epsilon)
-    y = tl.zeros((PARTS, 16, 8), tl.float32)
-    up = tl.zeros((PARTS, 16, 8), tl.float32)
-    for start in tl.range(0, WIDTH, PARTS * PART, num_stages=STAGES):
-        within = column < WIDTH - start
-        both = within[:, None, :] & there[None, :, None]
-        tile = tl.load(weight_at + start, mask=both, other=0.0, eviction_policy="evict_first")
-        piece = tl.load(x_at + start, mask=within[:, :, None] & given[None, None, :], other=0.0)
-        if NORM:
-            factor = tl.load(norm_weight + start + column, mask=within, other=0.0).to(tl.float32)
-            piece = _scaled(piece.to(tl.float32), scale[None, None, :], factor[:, :, None], dtype).to(dtype)
-        y = tl.dot(tile, piece, y)
-        if GATED:
-            up_tile = tl.load(up_at + start, mask=both, other=0.0, eviction_policy="evict_first")
-            up = tl.dot(up_tile, piece, up)
-    y = tl.sum(y, axis=0)
-    if BIAS:
-        y += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)[:, None]
-    y = y.to(dtype).to(tl.float32)
-    if GATED:
-        up = tl.sum(up, axis=0)
-        if BIAS:
-            up += tl.load(bias + outputs + output, mask=there, other=0.0).to(tl.float32)[:, None]
-        y = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
-    everywhere = there[:, None] & given[None, :]
-    if ADD:
-        before = residual + row[None, :] * residual_row + output[:, None]
-        y += tl.load(before, mask=everywhere, other=0.0).to(tl.float32)
-    tl.store(result + row[None, :] * outputs + output[:, None], y.to(dtype), mask=everywhere)
-
-
 def norm_linear(x: Tensor, norm_weight: Tensor, epsilon: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As :func:`memdec.decoding.kernels.norm_linear`."""
     return _launch_linear(x, weight, bias, norm_weight, epsilon)
@@ -408,6 +335,9 @@ def _launch_linear(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
+    few = len(x) == 1 and min(weight.shape) <= NARROW
+    if x.is_cuda and not few and products.is_possible(x, weight, norm_weight is not None):
+        return products.linear_of_rows(x, weight, bias, norm_weight, epsilon, residual, gated)
     rows, (outputs, width) = len(x), weight.shape
     outputs = outputs // 2 if gated else outputs
     result = x.new_empty(rows, outputs)
@@ -423,11 +353,6 @@ def _launch_linear(
         outputs,
     ]
     kinds = {"NORM": norm_weight is not None, "BIAS": bias is not None, "ADD": residual is not None, "GATED": gated}
-    if rows in TENSOR_ROWS and x.element_size() == 2:
-        parts, part, stages = (GATED_PARTS, GATED_PART, GATED_STAGES) if gated else (PARTS, PART, STAGES)
-        sizes = {"ROWS": rows, "WIDTH": width, "PARTS": parts, "PART": part, "STAGES": stages}
-        _linear_of_rows[(triton.cdiv(outputs, 16),)](*given, epsilon, **sizes, **kinds, num_warps=parts)
-        return result
     each, warps = tile(outputs, width, weight.element_size())
     sizes = {"ROWS": rows, "OUTPUTS": each, "WIDTH": triton.next_power_of_2(width)}
     _linear[(triton.cdiv(outputs, each),)](*given, width, epsilon, **sizes, **kinds, **early(x.device), num_warps=warps)
@@ -639,6 +564,6 @@ def cached_attention(
         SLOTS=SLOTS,
         ROOM=triton.next_power_of_2(room),
         num_warps=WARPS,
-        **(early(merged.device) if tokens == 1 else {"EARLY": False}),
+        **early(merged.device),
     )
     return result

@@ -161,6 +161,7 @@ T atomicCAS(T* address, U expected, U value) {
   return memdec_exchanged(address, value, [&](T a, T b) { return a == static_cast<T>(expected) ? b : a; });
 }
 
+inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
