@@ -337,8 +337,8 @@ PYBIND11_MODULE(_C, m) {
         launch);
   });
   m.def("decode_step", [](int dtype, int64_t texts, int64_t tokens, const StepShape& shape, int64_t room, int64_t filled,
-                          uintptr_t layer, double epsilon, double scale, uintptr_t embedded, uintptr_t cos, uintptr_t sin, uintptr_t mask,
-                          int64_t mask_stride, uintptr_t norm, uintptr_t head, uintptr_t head_bias, uintptr_t logits, int64_t logits_stride,
+                          uintptr_t layer, double epsilon, double scale, uintptr_t embedded, uintptr_t cos, uintptr_t sin, int64_t turns_stride,
+                          uintptr_t mask, int64_t mask_stride, uintptr_t norm, uintptr_t head, uintptr_t head_bias, uintptr_t logits, int64_t logits_stride,
                           const Launch& launch) {
     const auto [layers, hidden, heads, key_heads, dim, inner, vocab] = shape;
     return run("decode_step", memdec::decode_step,
@@ -359,7 +359,7 @@ PYBIND11_MODULE(_C, m) {
          .scale = scale,
          .embedded = pointer(embedded),
          .cos = pointer(cos),
-         .sin = pointer(sin),
+         .sin = pointer(sin), .turns_stride = turns_stride,
          .mask = pointer<const int64_t>(mask),
          .mask_stride = mask_stride,
          .norm = pointer(norm),

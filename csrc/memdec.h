@@ -305,6 +305,7 @@ struct DecodeStep {
   double scale;            // of the scores
   const void* embedded;    // (texts, tokens, hidden)
   const void *cos, *sin;   // (texts, tokens, dim)
+  int64_t turns_stride;    // elements between their tokens
   const int64_t* mask;     // (texts, filled + tokens), 0 where nobody looks, or null
   int64_t mask_stride;     // elements between texts
   const void* norm;        // (hidden,)

@@ -335,8 +335,8 @@ class Step {
   // (a, b) → (a·cos − b·sin, b·cos + a·sin), where the model norms its heads after that.
   void rotate_head(float* x, const void* weight, int64_t row) const {
     if (weight) norm<T>(x, weight, op_.epsilon, op_.dim, [&](int64_t i, int64_t n, VecF y) { store_up_to(x + i, y, n); });
-    const T* const cos = static_cast<const T*>(op_.cos) + row * op_.dim;
-    const T* const sin = static_cast<const T*>(op_.sin) + row * op_.dim;
+    const T* const cos = static_cast<const T*>(op_.cos) + row * op_.turns_stride;
+    const T* const sin = static_cast<const T*>(op_.sin) + row * op_.turns_stride;
     const int64_t half = op_.dim / 2;
     for_each_vector(half, [&](int64_t i, int64_t n) {
       const VecF a = load_up_to(x + i, n), b = load_up_to(x + half + i, n);

@@ -181,6 +181,7 @@ def decode_step(
     embedded: int,
     cos: int,
     sin: int,
+    turns_stride: int,
     mask: int,
     mask_stride: int,
     norm: int,

@@ -495,7 +495,7 @@ def print_speed(speed: DecodeSpeed) -> None:
         f"alpha = {speed.alpha:g}, c = {speed.cost_ratio:.2f} (a step of the memory over one of the base).",
         f"v (a base forward of n tokens over one of one): {verify}.",
         "formula: what it predicts over the base alone; it leaves out the prompt and our own overhead.",
-        *(["then: the same of the tokens after the first, without the prompt's time."] if parts else []),
+        *(["then: the same without the time of the prompt (– where it is not known apart)."] if parts else []),
         *(["Acceptance was " + forced + ", not by the models; the texts mean nothing."] if "forced" in forced else []),
         *(["floor: the weights' bytes over the bandwidth of a copy, ms a token."] if floors else []),
         *(f"{timing.name}: did not run: {timing.note}" for timing in speed.timings if timing.note),

@@ -73,9 +73,10 @@ class Timing:
         text_of: whose text it writes: "base" or "mixture" (greedy).
         seconds_per_token: median over prompts and repeats, prompt included; None where it could not run.
         to_best_base: that over the best of the base alone.
-        first_seconds: median until the first token, by runs of one token; None on a GPU, where such runs would push
-            captured graphs out.
-        seconds_per_next: median of what every further token took: a run's time less that of the first token before it.
+        first_seconds: median until the first token, by runs of one token. On a GPU, where such runs would capture
+            graphs of their own, until the prompt was read but for its last token, by the marks of our engine; None for
+            others' ways.
+        seconds_per_next: median of what every further token took: a run's time less that of those seconds.
         next_to_best_base: that over the least of the base alone.
         acceptance: share of the drafts looked at that stood.
         tokens_per_round: tokens a forward of the base.
@@ -106,8 +107,8 @@ class DecodeSpeed:
     Attributes:
         timings: one a way.
         alpha: weight of the memory.
-        cost_ratio: c, a step of the memory alone over one of the base alone, both writing greedily in steps of
-            ours, after the first token; on a GPU both as CUDA graphs.
+        cost_ratio: c, a step of the memory over one of the base, both in steps of ours: on the CPU in turn, as rounds
+            have them (see :func:`costs_in_turn`), on a GPU each by itself, as CUDA graphs.
         verify: v(n) for n = 1, 2, …: a base forward of n tokens over one of one, likewise.
         settings: prompts, tokens, repeats, dtype, device, threads, versions.
     """
@@ -175,18 +176,19 @@ def measure(
         "composite (transformers)": ("mixture", lambda n, ids: model.generate(ids, decoding="composite", **greedy(n))),
         "parallel": ("mixture", lambda n, ids: model.generate(ids, decoding="parallel", **greedy(n))),
     }
+    captured: dict[str, Alone] = {}
     if on_gpu:
         room = graphs.room_for(max(ids.shape[1] for ids in prompts) + new_tokens + 1)
         singles = {name: Alone(model, name, room) for name in ("base", "memory")}
         ways[CAPTURED] = ("base", lambda n, ids: singles["base"].generate(ids, n))
         ways["memory alone"] = ("memory", lambda n, ids: singles["memory"].generate(ids, n))
+        captured |= {CAPTURED: singles["base"], "memory alone": singles["memory"]}
     else:
         ways["base alone, static"] = (
             "base",
             lambda n, ids: base.generate(ids, disable_compile=True, **static, **greedy(n)),
         )
         ways[OURS] = ("base", lambda n, ids: generate_alone(base, ids, n, width))
-        ways["memory alone"] = ("memory", lambda n, ids: generate_alone(memory, ids, n, width))
     if acceptance is None:  # transformers' drafts cannot be forced
         ways["assisted (transformers)"] = (
             "base",
@@ -206,16 +208,22 @@ def measure(
         with _environment("MEMDEC_COMPILE", "1"):
             quick = Alone(model, "base", room)
         ways[BOTH] = ("base", lambda n, ids: quick.generate(ids, n))
+        captured[BOTH] = quick
         ways["parallel, compiled"] = ("mixture", _compiled(ways["parallel"][1]))
     ways["auto"] = ("mixture", lambda n, ids: model.generate(ids, decoding="auto", **greedy(n)))
     if not compiled:
         del ways[COMPILED]
 
     accepted: dict[str, list[Any]] = {name: [] for name in ways}
+    prompt_seconds: dict[str, list[float]] = {}
 
     def keep_decode(name: str) -> None:
         if name == "auto" or name.startswith("speculative"):
             accepted[name].append(model.last_decode)
+        if on_gpu and name in captured:
+            prompt_seconds.setdefault(name, []).append(captured[name].prompt_seconds)
+        elif on_gpu and name.startswith(("auto", "speculative", "parallel")):
+            prompt_seconds.setdefault(name, []).append(model.last_decode.seconds["prefill"])
 
     runs: dict[str, Callable[[Tensor], Any]] = {}
     for name, (_, run) in ways.items():
@@ -226,13 +234,15 @@ def measure(
         seconds, notes = take_turns(runs, prompts, repeats, after=keep_decode, say=say)
     medians = {name: statistics.median(found) / new_tokens for name, found in seconds.items() if found}
     best = min(medians[name] for name in BASE_RIVALS if name in medians)
+    if on_gpu:
+        firsts, further = prompt_seconds, new_tokens
+    else:
+        firsts = {name: seconds[FIRST + name] for name in ways if FIRST + name in medians}
+        further = new_tokens - 1
     nexts = {
-        name: statistics.median(
-            (whole - first) / (new_tokens - 1)
-            for whole, first in zip(seconds[name], seconds[FIRST + name], strict=True)
-        )
-        for name in ways
-        if medians.keys() >= {name, FIRST + name}
+        name: statistics.median((whole - first) / further for whole, first in zip(seconds[name], found, strict=True))
+        for name, found in firsts.items()
+        if name in medians
     } or medians
     best_next = min(nexts[name] for name in BASE_RIVALS if name in nexts)
     widest = max([1, *draft_tokens]) + 1
@@ -241,9 +251,8 @@ def measure(
         cost_ratio = singles["memory"].forward_seconds(1) / verify[1]
         verify = {n: found / verify[1] for n, found in verify.items()}
     else:
-        cost_ratio = nexts["memory alone"] / nexts[OURS]
-        with quick_steps(base):
-            verify = verify_costs(model, prompts[0], widest)
+        with quick_steps(base, memory):
+            cost_ratio, verify = costs_in_turn(model, prompts[0], widest)
     unit = nexts[alone] / best_next if alone in nexts else 1.0  # of the formula, in runs of the best base
     rate = copy_bandwidth(base.device) if on_gpu else None
     timings = []
@@ -254,8 +263,8 @@ def measure(
         if name in medians:
             timing.seconds_per_token = medians[name]
             timing.to_best_base = medians[name] / best
-        if FIRST + name in medians and name in nexts:
-            timing.first_seconds = medians[FIRST + name] * new_tokens
+        if name in firsts and name in nexts:
+            timing.first_seconds = statistics.median(firsts[name])
             timing.seconds_per_next = nexts[name]
             timing.next_to_best_base = nexts[name] / best_next
         decodes = accepted[name]
@@ -350,6 +359,7 @@ class Alone(graphs.Rounds):
         super().__init__(model, 1, room, LONGEST_DRAFT, None)
         self.reader: Reader = getattr(self, name)
         self.slots = {self.reader: self.slots[self.reader]}  # the other one reads no prompts
+        self.prompt_seconds = 0.0  # of the last generate: until all of the prompt but its last token was read
 
     def verify(self, gamma: int) -> None:
         """A step: the likeliest token follows."""
@@ -364,14 +374,18 @@ class Alone(graphs.Rounds):
     @torch.no_grad()
     def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
         """The likeliest continuation (1, new_tokens) of one prompt (1, L)."""
+        start = self.mark()
         self.begin(ids, None, new_tokens, torch.zeros(1, dtype=torch.int64))
+        prompt_read = self.mark()
         made = []
         for _ in range(new_tokens):
             self.run("verify", 0)
             with self.queueing():
                 made.append(self.block[:, :1].clone())
         with self.queueing():
-            return torch.cat(made, 1).cpu()
+            text = torch.cat(made, 1).cpu()
+        self.prompt_seconds = graphs.seconds_between(start, prompt_read)
+        return text
 
     @torch.no_grad()
     def forward_seconds(self, count: int) -> float:
@@ -510,23 +524,39 @@ def _compile_anywhere() -> Any:
     return config
 
 
-def verify_costs(model: Any, prompt: Tensor, widest: int, repeats: int = 9) -> dict[int, float]:
-    """v(n): medians of base forwards of n tokens after the prompt, over that of one; the widths in turn."""
-    reader = Reader(model.base, prompt.shape[1] + widest, model.config.vocab_size)
-    positions = torch.arange(prompt.shape[1] + widest, device=prompt.device)[None]
-    reader.read(prompt, None, positions[:, : prompt.shape[1]])
-    found: dict[int, list[float]] = {n: [] for n in range(1, widest + 1)}
+def costs_in_turn(model: Any, prompt: Tensor, widest: int, repeats: int = 9) -> tuple[float, dict[int, float]]:
+    """c and v(n) for n up to `widest`, of steps on the CPU that take turns as rounds have them.
+
+    A base forward of n tokens is followed by n steps of the memory. By itself the memory's steps would be faster, where
+    a processor's caches keep weights that a forward of the base drives out.
+
+    Args:
+        model: a MemoryModel within :func:`quick_steps`.
+        prompt: (1, L).
+        widest: the largest n.
+        repeats: turns, of which medians are taken.
+    """
+    length = prompt.shape[1]
+    positions = torch.arange(length + widest)[None]
+    base, memory = (Reader(one, length + widest, model.config.vocab_size) for one in (model.base, model.memory))
+    for reader in (base, memory):
+        reader.read(prompt, None, positions[:, :length])
+    forwards: dict[int, list[float]] = {n: [] for n in range(1, widest + 1)}
+    steps: list[float] = []
     for _ in range(repeats):
-        for n, times in found.items():
-            tokens = prompt[:, :1].expand(1, n)
+        for n, times in forwards.items():
+            tokens, after = prompt[:, :1].expand(1, n), positions[:, length : length + n]
             start = time.perf_counter()
-            reader.read(tokens, None, positions[:, prompt.shape[1] : prompt.shape[1] + n])
-            if prompt.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-            reader.cache.crop(-n)
-    one = statistics.median(found[1])
-    return {n: statistics.median(times) / one for n, times in found.items()}
+            base.read(tokens, None, after)
+            middle = time.perf_counter()
+            for i in range(n):
+                memory.read(tokens[:, :1], None, after[:, i : i + 1])
+            steps.append((time.perf_counter() - middle) / n)
+            times.append(middle - start)
+            for reader in (base, memory):
+                reader.cache.crop(-n)
+    one = statistics.median(forwards[1])
+    return statistics.median(steps) / one, {n: statistics.median(times) / one for n, times in forwards.items()}
 
 
 def _device_name(device: torch.device) -> str:

@@ -35,7 +35,7 @@ from memdec.decoding.cache import slot_cache
 from memdec.decoding.engine import ROOM, Continuations, Reader, row_seeds
 from memdec.decoding.fusing import fused_step
 from memdec.decoding.plan import LONGEST_DRAFT, Estimates
-from memdec.decoding.support import Warpers, why_not_itself
+from memdec.decoding.support import Warpers, rotates_by_length, why_not_itself
 from memdec.modeling.decode import Decode
 from memdec.modeling.structure import input_device, takes
 from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
@@ -69,7 +69,7 @@ def why_not(model: Any, device: torch.device) -> str | None:
             return f"the {name} has no position_ids"
         if not getattr(one, "_can_compile_fullgraph", False) or one.config._attn_implementation not in ATTENTION:
             return f"the {name}'s attention is not made for static caches ({one.config._attn_implementation})"
-        if any(kind in str(getattr(m, "rope_type", "")) for m in one.modules() for kind in ("dynamic", "longrope")):
+        if rotates_by_length(one):
             return f"the {name}'s rotary embedding looks at the positions"
     return None
 
@@ -371,7 +371,8 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
     return _STREAMS[device]
 
 
-def _seconds(start: Mark, end: Mark) -> float:
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Of two moments, once both have come."""
     return float(end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3)
 
 
@@ -477,7 +478,7 @@ def decode(
             texts.take(
                 flying.gamma, [row[0] for row in table], [row[1] for row in table], [row[2:] for row in table], learning
             )
-            draft, verify = _seconds(flying.began, flying.drafted), _seconds(flying.drafted, flying.ended)
+            draft, verify = seconds_between(flying.began, flying.drafted), seconds_between(flying.drafted, flying.ended)
             seconds["draft"] += draft
             seconds["verify"] += verify
             seconds["choose"] += time.perf_counter() - began
@@ -492,7 +493,7 @@ def decode(
     if streamer is not None:
         streamer.end()
     sequences = texts.sequences(pad_token)
-    seconds["prefill"] = _seconds(first, prefilled)
+    seconds["prefill"] = seconds_between(first, prefilled)
     seconds["capture"] += rounds.capture_seconds - captured
     seconds["total"] = time.perf_counter() - start_time
     step = learning.memory_seconds

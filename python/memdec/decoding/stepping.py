@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,12 +24,13 @@ from memdec import _C
 from memdec.decoding.cache import begin_without_prompt
 from memdec.decoding.fusing import qualifies
 from memdec.decoding.packing import packed_linears
-from memdec.decoding.support import why_not_itself
+from memdec.decoding.support import rotates_by_length, why_not_itself
 from memdec.errors import MemdecError
 from memdec.ops.launch import run
 from memdec.ops.rows import DTYPE_CODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TURNS = 256  # positions whose turns are computed at once
 MOST_ROWS = 16  # texts times tokens; of more, PyTorch's products are the faster ones
 
 
@@ -108,6 +110,11 @@ class CpuStep:
         # Not the parameters, whose memory may be replaced, but what has the memory, so that the addresses stay theirs.
         self.weights = [tuple(map(_held, _weights(block))) for block in inner.layers]
         self.table = array("q", (address for layer in self.weights for address in (*map(_address, layer), 0, 0, 0)))
+        # What a step would make anew with a hundred small calls, which cost several times as much behind a forward,
+        # whose weights have driven their code from the processor's caches: the table with a cache's addresses, and
+        self.addresses: tuple[list[Any], array[int]] = ([], self.table)
+        # the turns of positions: (N, 2·dim), their cosines and their sines, or None where they depend on the length.
+        self.turns = None if rotates_by_length(model) else inner.norm.weight.new_empty(0, 2 * self.dim)
         self.mlps = [block.mlp for block in inner.layers]
         self.watched: int | None = None
         self.caught: Tensor | None = None  # (B, n, hidden), what the watched layer's MLP has read in the last step
@@ -150,19 +157,14 @@ class CpuStep:
                 f"A model was converted from {self.dtype} on the CPU to {x.dtype} on {x.device} while it was writing: "
                 "do that between calls of generate."
             )
-        cos, sin = (part.expand(rows, -1, -1).contiguous() for part in self.rotary(x, positions))
         begin_without_prompt(cache, x, rows, self.key_heads, self.dim)
-        table = self.table[:]  # another thread may be in a step of the same model
-        width = len(table) // len(cache.layers)
-        for i, layer in enumerate(cache.layers):
-            layer.reserve(count)
-            keys, values = layer.stores
-            table[(i + 1) * width - 3] = keys.data_ptr()
-            table[(i + 1) * width - 2] = values.data_ptr()
+        table = self.with_cache(cache, count)
         if self.watched is not None:
             self.caught = torch.empty_like(x)
-            table[(self.watched + 1) * width - 1] = self.caught.data_ptr()
+            table = table[:]
+            table[(self.watched + 1) * (len(table) // len(cache.layers)) - 1] = self.caught.data_ptr()
         filled: int = cache.layers[0].length
+        turns = self.turns_of(x, positions, filled + count)
         if out is None:
             out = x.new_empty(rows, count, vocab_size)
         run(
@@ -178,8 +180,9 @@ class CpuStep:
             self.epsilon,
             self.scale,
             x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
+            turns.data_ptr(),
+            turns.data_ptr() + self.dim * turns.element_size(),
+            2 * self.dim,
             _address(mask),
             0 if mask is None else mask.stride(0),
             *map(_address, self.last),
@@ -189,6 +192,34 @@ class CpuStep:
         for layer in cache.layers:
             layer.length += count
         return out
+
+    def with_cache(self, cache: Cache, count: int) -> array[int]:
+        """The table of addresses with those of a cache, which gets room for `count` more tokens."""
+        layers = cache.layers
+        if layers[0].length + count > layers[0].room:
+            for layer in layers:
+                layer.reserve(count)
+        stores = [layer.stores for layer in layers]
+        known, table = self.addresses
+        if len(known) != len(stores) or not all(map(is_, known, stores)):
+            table = self.table[:]
+            width = len(table) // len(layers)
+            for i, (keys, values) in enumerate(stores):
+                table[(i + 1) * width - 3] = keys.data_ptr()
+                table[(i + 1) * width - 2] = values.data_ptr()
+            self.addresses = (stores, table)  # they are kept alive, so that no other list is taken for one of them
+        return table
+
+    def turns_of(self, x: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Cosines and sines (B, n, 2·dim) of positions (B, n) or (1, n), all below `longest`."""
+        turns = self.turns
+        if turns is None:
+            parts = self.rotary(x, positions)
+            return torch.cat([part.expand(len(x), -1, -1) for part in parts], -1)
+        while len(turns) < longest:
+            more = self.rotary(x, torch.arange(len(turns), len(turns) + TURNS, device=x.device)[None])
+            self.turns = turns = torch.cat([turns, torch.cat(more, -1)[0]])
+        return torch.embedding(turns, positions.expand(len(x), -1))
 
 
 def _weights(block: Any) -> tuple[Tensor | None, ...]:

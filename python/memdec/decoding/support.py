@@ -106,6 +106,12 @@ def why_not(
     return None
 
 
+def rotates_by_length(one: Any) -> bool:
+    """Whether a model's rotary embedding turns a position by what depends on the longest one beside it."""
+    kinds = [str(getattr(module, "rope_type", "")) for module in one.modules()]
+    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
+
+
 def why_not_itself(one: Any) -> str | None:
     """What one of the models does beside what its weights and its class say; None where that is all."""
     if one.training:
