@@ -488,12 +488,16 @@ def print_speed(speed: DecodeSpeed) -> None:
     # Rather lines that a narrow terminal breaks than figures that are cut off.
     console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
-    verify = ", ".join(f"{n}: {cost:.2f}" for n, cost in speed.verify.items())
+
+    def by_tokens(costs: dict[int, float]) -> str:
+        return ", ".join(f"{n}: {cost:.2f}" for n, cost in costs.items())
+
     forced = str(speed.settings.get("acceptance", ""))
     lines = [
         "* writes the base's text, the others the mixture's. vs base: over the best of the base alone.",
-        f"alpha = {speed.alpha:g}, c = {speed.cost_ratio:.2f} (a step of the memory over one of the base).",
-        f"v (a base forward of n tokens over one of one): {verify}.",
+        f"alpha = {speed.alpha:g}. c (a step of the memory over one of the base, in rounds of n): "
+        f"{by_tokens(speed.costs)}.",
+        f"v (a base forward of n tokens over one of one): {by_tokens(speed.verify)}.",
         "formula: what it predicts over the base alone; it leaves out the prompt and our own overhead.",
         *(["then: the same without the time of the prompt (– where it is not known apart)."] if parts else []),
         *(["Acceptance was " + forced + ", not by the models; the texts mean nothing."] if "forced" in forced else []),

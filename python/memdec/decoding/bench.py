@@ -107,15 +107,16 @@ class DecodeSpeed:
     Attributes:
         timings: one a way.
         alpha: weight of the memory.
-        cost_ratio: c, a step of the memory over one of the base, both in steps of ours: on the CPU in turn, as rounds
-            have them (see :func:`costs_in_turn`), on a GPU each by itself, as CUDA graphs.
+        costs: c(n) for n = 1, 2, …: a step of the memory over one of the base, both in steps of ours, in a round of n
+            steps (see :func:`costs_in_turn`); on a GPU, whose caches do not hold a model, the same for every n, each
+            model by itself as CUDA graphs.
         verify: v(n) for n = 1, 2, …: a base forward of n tokens over one of one, likewise.
         settings: prompts, tokens, repeats, dtype, device, threads, versions.
     """
 
     timings: list[Timing]
     alpha: float
-    cost_ratio: float
+    costs: dict[int, float]
     verify: dict[int, float]
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -246,13 +247,15 @@ def measure(
     } or medians
     best_next = min(nexts[name] for name in BASE_RIVALS if name in nexts)
     widest = max([1, *draft_tokens]) + 1
+    step_seconds: dict[str, float] | None = None
     if on_gpu:
         verify = {n: singles["base"].forward_seconds(n) for n in range(1, widest + 1)}
-        cost_ratio = singles["memory"].forward_seconds(1) / verify[1]
+        step_seconds = {"base": verify[1], "memory": singles["memory"].forward_seconds(1)}
+        costs = dict.fromkeys(verify, step_seconds["memory"] / verify[1])
         verify = {n: found / verify[1] for n, found in verify.items()}
     else:
         with quick_steps(base, memory):
-            cost_ratio, verify = costs_in_turn(model, prompts[0], widest)
+            costs, verify = costs_in_turn(model, prompts[0], widest)
     unit = nexts[alone] / best_next if alone in nexts else 1.0  # of the formula, in runs of the best base
     rate = copy_bandwidth(base.device) if on_gpu else None
     timings = []
@@ -274,17 +277,17 @@ def measure(
         if decodes:
             timing.tokens_per_round = sum(d.tokens for d in decodes) / sum(d.row_rounds for d in decodes)
         if name == "parallel":
-            timing.predicted = unit * (1 + cost_ratio)
+            timing.predicted = unit * (1 + costs[1])
         if name.startswith("speculative") and "compiled" not in name and timing.acceptance is not None:
             gamma = int(name.split()[1])
-            timing.predicted = unit / speed_up(timing.acceptance, gamma, verify[gamma + 1], cost_ratio)
+            timing.predicted = unit / speed_up(timing.acceptance, gamma, verify[gamma + 1], costs[gamma + 1])
         if rate is not None:
             timing.floor = _floor(name, timing, bytes_read(base) / rate, bytes_read(memory) / rate)
         timings.append(timing)
     return DecodeSpeed(
         timings,
         model.alpha,
-        cost_ratio,
+        costs,
         verify,
         {
             "prompts": [int(p.shape[1]) for p in prompts],
@@ -302,6 +305,7 @@ def measure(
             "memory_parameters": memory.num_parameters(),
             "base_bytes_a_step": bytes_read(base),
             "memory_bytes_a_step": bytes_read(memory),
+            "step_seconds": step_seconds,
             "copy_gb_s": None if rate is None else round(rate / 1e9, 1),
             "uncaptured": graphs.why_not(model, base.device),
         },
@@ -524,17 +528,20 @@ def _compile_anywhere() -> Any:
     return config
 
 
-def costs_in_turn(model: Any, prompt: Tensor, widest: int, repeats: int = 9) -> tuple[float, dict[int, float]]:
-    """c and v(n) for n up to `widest`, of steps on the CPU that take turns as rounds have them.
+def costs_in_turn(
+    model: Any, prompt: Tensor, widest: int, repeats: int = 9
+) -> tuple[dict[int, float], dict[int, float]]:
+    """c(n) and v(n) for n up to `widest`, of steps on the CPU that take turns as rounds have them.
 
-    A base forward of n tokens is followed by n steps of the memory. By itself the memory's steps would be faster, where
-    a processor's caches keep weights that a forward of the base drives out.
+    n steps of the memory are followed by a base forward of n tokens. By itself the memory's steps would be faster,
+    where a processor's caches keep weights that a forward of the base drives out; the more of them a round has, the
+    less that counts.
 
     Args:
         model: a MemoryModel within :func:`quick_steps`.
         prompt: (1, L).
         widest: the largest n.
-        repeats: turns, of which medians are taken.
+        repeats: rounds of each n, of which medians are taken.
     """
     length = prompt.shape[1]
     positions = torch.arange(length + widest)[None]
@@ -542,21 +549,22 @@ def costs_in_turn(model: Any, prompt: Tensor, widest: int, repeats: int = 9) -> 
     for reader in (base, memory):
         reader.read(prompt, None, positions[:, :length])
     forwards: dict[int, list[float]] = {n: [] for n in range(1, widest + 1)}
-    steps: list[float] = []
+    steps: dict[int, list[float]] = {n: [] for n in forwards}
     for _ in range(repeats):
-        for n, times in forwards.items():
+        for n in forwards:
             tokens, after = prompt[:, :1].expand(1, n), positions[:, length : length + n]
             start = time.perf_counter()
-            base.read(tokens, None, after)
-            middle = time.perf_counter()
             for i in range(n):
                 memory.read(tokens[:, :1], None, after[:, i : i + 1])
-            steps.append((time.perf_counter() - middle) / n)
-            times.append(middle - start)
+            middle = time.perf_counter()
+            base.read(tokens, None, after)
+            forwards[n].append(time.perf_counter() - middle)
+            steps[n].append((middle - start) / n)
             for reader in (base, memory):
                 reader.cache.crop(-n)
     one = statistics.median(forwards[1])
-    return statistics.median(steps) / one, {n: statistics.median(times) / one for n, times in forwards.items()}
+    costs, verify = ({n: statistics.median(times) / one for n, times in found.items()} for found in (steps, forwards))
+    return costs, verify
 
 
 def _device_name(device: torch.device) -> str:

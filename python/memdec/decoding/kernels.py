@@ -14,10 +14,11 @@ For few rows, whose products are bound by the weights that they read, with the p
     linear_add          s = x · Wᵀ + b + r
     norm_gate_up        silu_mul(norm(x) · (Wg, Wu)ᵀ + b)
 
-Each is a Triton kernel on a GPU and plain PyTorch on the CPU and where Triton does not work (it needs a C compiler). A
-step of a few rows moves kilobytes between its products: what is done there costs by the number of kernels. They compute
-in float32 and round where transformers rounds in half precision, so that the two differ by the order of sums and by how
-exp and the square root are computed; in float32, where a compiler may contract a product and a sum, by that as well.
+Each is a Triton kernel on a GPU (the products in half precision: :mod:`memdec.decoding.products`) and plain PyTorch on
+the CPU and where Triton does not work (it needs a C compiler). A step of a few rows moves kilobytes between its
+products: what is done there costs by the number of kernels. They compute in float32 and round where transformers rounds
+in half precision, so that the two differ by the order of sums and by how exp and the square root are computed; in
+float32, where a compiler may contract a product and a sum, by that as well.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Those between cuBLAS's products are small on purpose: a program is a row, a head
 and each value is read once and written once. Those of few rows are bound by the weights that they read: a program asks
 for all of its weights at once, before anything else, so that many bytes are under way. Offsets that grow with a weight,
 the batch or the room are computed in 64 bits. Nothing of them waits for the host, so that after a first call, which
-compiles, they can be captured in a CUDA graph.
+compiles, they can be captured in a CUDA graph. In half precision most products of few rows are not Triton's, but those
+of :mod:`memdec.decoding.products`.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of its kernels.
