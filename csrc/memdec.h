@@ -317,7 +317,8 @@ struct DecodeStep {
 Status decode_step(const DecodeStep& op, const Launch& launch);
 
 // A linear layer of a few rows, in half precision, and what a model's step does before and after it: y = x̂ · Wᵀ + b + r, where x̂ is x
-// or its RMS norm; gated, y = g / (1 + exp(−g)) · u of the layer's first outputs g and its last ones u. CUDA only.
+// or its RMS norm; gated, y = g / (1 + exp(−g)) · u of the layer's first outputs g and its last ones u. CUDA only. Weights and norm are
+// read while the kernel that was queued before it may still run, so that one must not be what writes them.
 struct LinearOfRows {
   DType dtype;  // bfloat16 or float16
   int64_t rows, width, outputs;  // rows in [1, 8], width a multiple of 8

@@ -26,7 +26,8 @@ inline void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
 }
 
 // Queues a kernel that begins with wait_for_kernel_before: from Hopper on its blocks may be started while the kernel that was queued
-// before it still runs, once every block of that has called let_next_kernel_start or is done.
+// before it still runs, once every block of that has called let_next_kernel_start or is done. Where the driver has compiled the kernel
+// from what an older device's code was made of, there is no waiting in it, and it is started like any other.
 template <class... Parameters, class... Arguments>
 inline void launch_early(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
                          const Arguments&... arguments) {
@@ -34,6 +35,8 @@ inline void launch_early(void (*kernel)(Parameters...), int64_t grid, int block,
   int device = 0, generation = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  cudaFuncAttributes code{};
+  cudaFuncGetAttributes(&code, kernel);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -43,7 +46,7 @@ inline void launch_early(void (*kernel)(Parameters...), int64_t grid, int block,
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = generation >= 9 ? 1 : 0;
+  config.numAttrs = generation >= 9 && code.ptxVersion >= 90 ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #else
   launch(kernel, grid, block, shared_bytes, stream, arguments...);

@@ -285,21 +285,23 @@ __global__ void __launch_bounds__(tile_threads, 2) linear_of_tiles(LinearOfRows 
 static_assert(sizeof(Scratch) + Ring<Tile::gated>::vectors * 16 == 73984 && Ring<Tile::eight>::vectors == Ring<Tile::gated>::vectors);
 
 template <class T, Tile kind, bool norms>
-void run_tiles(const LinearOfRows& op, int processors, cudaStream_t stream) {
+void run_tiles(const LinearOfRows& op, int processors, int most_shared, cudaStream_t stream) {
   const int64_t shared_bytes =
       static_cast<int64_t>(sizeof(Scratch)) + Ring<kind>::vectors * 16 + (norms ? op.rows * row_bytes(op.width) : 0);
   const auto kernel = linear_of_tiles<T, kind, norms>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  // What the device has, always: another thread may be between this and its launch.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
   const int64_t tiles = (op.outputs + Ring<kind>::outputs - 1) / Ring<kind>::outputs;
   launch_early(kernel, smaller(tiles, int64_t{processors} * blocks_at_once), tile_threads, static_cast<size_t>(shared_bytes), stream, op);
 }
 
 template <class T>
 void run(const LinearOfRows& op, const Launch& where, cudaStream_t stream) {
-  int processors = 0;
+  int processors = 0, most_shared = 0;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, where.device);
+  cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, where.device);
   const auto run_kind = [&]<Tile kind>() {
-    op.norm ? run_tiles<T, kind, true>(op, processors, stream) : run_tiles<T, kind, false>(op, processors, stream);
+    op.norm ? run_tiles<T, kind, true>(op, processors, most_shared, stream) : run_tiles<T, kind, false>(op, processors, most_shared, stream);
   };
   if (op.gated) run_kind.template operator()<Tile::gated>();
   else if (op.outputs >= int64_t{processors} * 16) run_kind.template operator()<Tile::sixteen>();

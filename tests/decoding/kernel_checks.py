@@ -57,6 +57,12 @@ def numbers(device: str, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tens
     return torch.randn(*shape[:-1], shape[-1] + 8, generator=generator).to(device, dtype)[..., : shape[-1]]
 
 
+def settle(device: str | torch.device) -> None:
+    """Waits for what is queued."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
 def check_add_norm(fast: Any, device: str, dtype: torch.dtype, rows: int, width: int) -> None:
     """With a residual and without; rows of several sizes, one of them small enough for ε to count."""
     x, residual = (numbers(device, dtype, rows, width, seed=seed) for seed in range(2))
@@ -112,6 +118,7 @@ def check_with_stores(
             if precise:
                 arguments = in_double(*arguments)
                 wide = None if norms is None else tuple(in_double(*norms))
+            settle(slots.device)  # and so are the stores
             out = run(*arguments, wide)
             assert out.is_contiguous()
             results.append((out, arguments[4], arguments[5]))
@@ -137,6 +144,7 @@ def check_linear(fast: Any, device: str, dtype: torch.dtype, rows: int, width: i
             ("norm_gate_up", (x, norm_weight, 1e-5, weight, shift)),
         ):
             plain = getattr(kernels, f"plain_{name}")
+            settle(device)  # weights are read before the kernel that was queued before is done
             assert_near(getattr(fast, name)(*given), plain(*given), plain(*in_double(*given)))
 
 

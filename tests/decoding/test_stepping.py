@@ -339,14 +339,23 @@ def no_memory(*_: Any, **__: Any) -> None:
     raise MemoryError
 
 
-def test_a_cache_that_could_not_grow_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grown", [0, 2], ids=["no layer grew", "one layer grew"])
+def test_a_cache_that_could_not_grow_goes_on(grown: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fused_checks.tiny("llama")
+    cat, left = torch.cat, [grown]  # keys and values of a layer
+
+    def at_first(*given: Any) -> Tensor:
+        left[0] -= 1
+        return cat(*given) if left[0] >= 0 else no_memory()
+
     with torch.no_grad(), quick_steps(model):
         reader = Reader(model, 4, VOCABULARY)
         reader.read(ids_of(1, 4), None, torch.arange(4)[None])
         with monkeypatch.context() as without:
-            without.setattr(torch, "cat", no_memory)
+            without.setattr(torch, "cat", at_first)
             with pytest.raises(MemoryError):
                 reader.read(ids_of(1, 1), None, torch.tensor([[4]]))
+        assert len({layer.room for layer in reader.cache.layers}) == 1 + (grown > 0)
         assert all(layer.room == store.shape[2] for layer in reader.cache.layers for store in layer.stores)
         assert reader.read(ids_of(1, 1), None, torch.tensor([[4]])).isfinite().all()
+        assert len({layer.room for layer in reader.cache.layers}) == 1

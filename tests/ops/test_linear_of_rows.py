@@ -67,7 +67,10 @@ def test_what_it_does_not_take(device: str) -> None:
     """Odd addresses, strides and widths, float32, and more rows than a tile has."""
     x, weight = (torch.zeros(n, 64, dtype=torch.bfloat16, device=device) for n in (MOST_ROWS + 1, 3))
     assert is_possible(x[:8], weight)
-    assert not is_possible(x, weight)
+    assert not is_possible(x, weight) and not is_possible(x[:0], weight)
+    norm = torch.zeros(72, dtype=torch.bfloat16, device=device)
+    assert is_possible(x[:8], weight, norm[:64]) and not is_possible(x[:8], weight, norm[1:65])
+    assert not is_possible(x[:8], x[:, :64].T[:3, :8]) and not is_possible(x[:8].T[:8, :8], weight[:, :8].contiguous())
     assert not is_possible(x[:8].float(), weight.float())
     assert not is_possible(x[:8], weight.half())
     assert not is_possible(x[:2, 4:], weight[:, 4:].contiguous())

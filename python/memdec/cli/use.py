@@ -490,6 +490,8 @@ def print_speed(speed: DecodeSpeed) -> None:
     console.print(table)
 
     def by_tokens(costs: dict[int, float]) -> str:
+        if len(set(costs.values())) == 1:
+            return format(next(iter(costs.values())), ".2f")
         return ", ".join(f"{n}: {cost:.2f}" for n, cost in costs.items())
 
     forced = str(speed.settings.get("acceptance", ""))

@@ -77,7 +77,7 @@ class Timing:
             graphs of their own, until the prompt was read but for its last token, by the marks of our engine; None for
             others' ways.
         seconds_per_next: median of what every further token took: a run's time less that of those seconds.
-        next_to_best_base: that over the least of the base alone.
+        next_to_best_base: that over the least of the base alone, of the ways whose prompt is known apart.
         acceptance: share of the drafts looked at that stood.
         tokens_per_round: tokens a forward of the base.
         predicted: seconds per further token over the base alone's, by the formula, which knows of no prompt.
@@ -215,6 +215,7 @@ def measure(
     if not compiled:
         del ways[COMPILED]
 
+    uncaptured = graphs.why_not(model, base.device)
     accepted: dict[str, list[Any]] = {name: [] for name in ways}
     prompt_seconds: dict[str, list[float]] = {}
 
@@ -223,15 +224,20 @@ def measure(
             accepted[name].append(model.last_decode)
         if on_gpu and name in captured:
             prompt_seconds.setdefault(name, []).append(captured[name].prompt_seconds)
-        elif on_gpu and name.startswith(("auto", "speculative", "parallel")):
-            prompt_seconds.setdefault(name, []).append(model.last_decode.seconds["prefill"])
+        elif uncaptured is None and name.startswith(("auto", "speculative", "parallel")):
+            prompt_seconds.setdefault(name, []).append(model.last_decode.seconds.get("prefill", 0.0))
 
-    runs: dict[str, Callable[[Tensor], Any]] = {}
-    for name, (_, run) in ways.items():
-        if not on_gpu and new_tokens > 1:
-            runs[FIRST + name] = partial(run, 1)
-        runs[name] = partial(run, new_tokens)
-    with forced_acceptance(model, acceptance):
+    with forced_acceptance(model, acceptance) as draw_anew:
+
+        def drawn_alike(run: Callable[[int, Tensor], Any], tokens: int, ids: Tensor) -> Any:
+            draw_anew()
+            return run(tokens, ids)
+
+        runs: dict[str, Callable[[Tensor], Any]] = {}
+        for name, (_, run) in ways.items():
+            if not on_gpu and new_tokens > 1:
+                runs[FIRST + name] = partial(drawn_alike, run, 1)
+            runs[name] = partial(drawn_alike, run, new_tokens)
         seconds, notes = take_turns(runs, prompts, repeats, after=keep_decode, say=say)
     medians = {name: statistics.median(found) / new_tokens for name, found in seconds.items() if found}
     best = min(medians[name] for name in BASE_RIVALS if name in medians)
@@ -245,7 +251,7 @@ def measure(
         for name, found in firsts.items()
         if name in medians
     } or medians
-    best_next = min(nexts[name] for name in BASE_RIVALS if name in nexts)
+    best_next = min((nexts[name] for name in BASE_RIVALS if name in nexts), default=best)
     widest = max([1, *draft_tokens]) + 1
     step_seconds: dict[str, float] | None = None
     if on_gpu:
@@ -274,7 +280,7 @@ def measure(
         looked = [d for d in decodes if d.acceptance is not None]
         if looked:
             timing.acceptance = statistics.fmean(d.acceptance for d in looked)
-        if decodes:
+        if any(d.row_rounds for d in decodes):
             timing.tokens_per_round = sum(d.tokens for d in decodes) / sum(d.row_rounds for d in decodes)
         if name == "parallel":
             timing.predicted = unit * (1 + costs[1])
@@ -307,7 +313,7 @@ def measure(
             "memory_bytes_a_step": bytes_read(memory),
             "step_seconds": step_seconds,
             "copy_gb_s": None if rate is None else round(rate / 1e9, 1),
-            "uncaptured": graphs.why_not(model, base.device),
+            "uncaptured": uncaptured,
         },
     )
 
@@ -401,14 +407,16 @@ class Alone(graphs.Rounds):
 
 
 @contextmanager
-def forced_acceptance(model: Any, chance: float | None) -> Iterator[None]:
+def forced_acceptance(model: Any, chance: float | None) -> Iterator[Callable[[], object]]:
     """Within it our engines accept each draft with a given chance, whatever the models say; None changes nothing.
+
+    What it gives begins the draws anew: called before each run, it lets all of them have the same.
 
     For models of random weights, whose steps take as long as those of real ones, but which agree on nothing: acceptance
     is taken from a real pair. Verification is computed all the same, for its time; the text means nothing.
     """
     if chance is None:
-        yield
+        yield lambda: None
         return
     rounds = 4096
     # Multiples of square roots of primes: as independent from place to place as random draws, but of an even spread, so
@@ -431,7 +439,7 @@ def forced_acceptance(model: Any, chance: float | None) -> Iterator[None]:
     try:
         for module in before:
             vars(module)["verify_draft"] = verify
-        yield
+        yield turn.zero_
     finally:
         for module, function in before.items():
             vars(module)["verify_draft"] = function

@@ -280,6 +280,8 @@ def _block_qualifies(block: Any, code: str) -> bool:
     return (
         _is_of(code, block, attention, mlp, *norms)
         and all(type(linear) is nn.Linear for linear in linears)
+        and attention.o_proj.weight.is_contiguous()
+        and mlp.down_proj.weight.is_contiguous()
         and all(len({part.bias is None for part in parts}) == 1 for parts in _products(block))
     )
 

@@ -13,21 +13,24 @@ MOST_ROWS = 8  # the columns of a tensor core's second factor
 SHARED_BYTES = 73_984  # of a block's shared memory, beside the normed rows
 
 
-def is_possible(x: Tensor, weight: Tensor, normed: bool = False) -> bool:
-    """Whether :func:`linear_of_rows` takes such rows (R, d) and weights (m, d), and this build and GPU have it."""
-    rows, width = x.shape
-    if not (
+def is_possible(x: Tensor, weight: Tensor, norm_weight: Tensor | None = None) -> bool:
+    """Whether :func:`linear_of_rows` takes such rows (R, d), weights (m, d) and norm (d,), and this build has it."""
+    read_by_vectors = (x, weight) if norm_weight is None else (x, weight, norm_weight)
+    return (
         launch.HAS_CUDA
         and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == x.dtype
-        and rows <= MOST_ROWS
-        and width % 8 == 0
+        and all(one.dtype == x.dtype and one.data_ptr() % 16 == 0 for one in read_by_vectors)
+        and 1 <= len(x) <= MOST_ROWS
+        and x.shape[1] % 8 == 0
         and x.stride(0) % 8 == 0
-        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
-    ):
-        return False
-    if not (normed and x.is_cuda):
-        return True
+        and x.stride(1) == 1
+        and weight.is_contiguous()
+    )
+
+
+def norms_as_well(x: Tensor) -> bool:
+    """Whether a block of x's GPU has shared memory for the rows (R, d) that it norms."""
+    rows, width = x.shape
     room: int = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0)
     return SHARED_BYTES + rows * (2 * width + 192) <= room
 
@@ -43,8 +46,9 @@ def linear_of_rows(
 ) -> Tensor:
     """A linear layer (R, m) of rows, normed first where there is a norm's weight, gated, added to the residual.
 
-    A row's result has the same bits whatever rows are beside it. See :func:`memdec.decoding.kernels.norm_linear`,
-    ``linear_add`` and ``norm_gate_up``, which it computes.
+    A row's result has the same bits whatever rows are beside it. On a GPU weights and norm are read while the kernel
+    that was queued before may still run, so that it must not be what writes them. See
+    :func:`memdec.decoding.kernels.norm_linear`, ``linear_add`` and ``norm_gate_up``, which it computes.
     """
     rows, (outputs, width) = len(x), weight.shape
     outputs = outputs // 2 if gated else outputs

@@ -196,7 +196,8 @@ class CpuStep:
     def with_cache(self, cache: Cache, count: int) -> array[int]:
         """The table of addresses with those of a cache, which gets room for `count` more tokens."""
         layers = cache.layers
-        if layers[0].length + count > layers[0].room:
+        if any(layer.length + count > layer.room for layer in layers):  # of all: one may have failed to grow
+            self.addresses = ([], self.table)  # so that a layer's old memory is free once it is copied
             for layer in layers:
                 layer.reserve(count)
         stores = [layer.stores for layer in layers]

@@ -337,7 +337,10 @@ def _launch_linear(
     gated: bool = False,
 ) -> Tensor:
     few = len(x) == 1 and min(weight.shape) <= NARROW
-    if x.is_cuda and not few and products.is_possible(x, weight, norm_weight is not None):
+    if x.is_cuda and not few and products.is_possible(x, weight, norm_weight):
+        if norm_weight is not None and not products.norms_as_well(x):
+            x, _ = add_norm(x, None, norm_weight, epsilon)
+            norm_weight = None
         return products.linear_of_rows(x, weight, bias, norm_weight, epsilon, residual, gated)
     rows, (outputs, width) = len(x), weight.shape
     outputs = outputs // 2 if gated else outputs
