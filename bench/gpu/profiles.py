@@ -124,7 +124,7 @@ def lines_of(output: str) -> list[dict[str, Any]]:
     for kernel in csv.DictReader(row for row in output.splitlines() if row.startswith('"')):
         if not kernel["ID"]:
             continue  # the units
-        line: dict[str, Any] = {"op": ops[kernel["ID"]]}
+        line: dict[str, Any] = {"op": ops.get(kernel["ID"], "unknown")}
         line["kernel"] = re.sub(r"\w+::|<unnamed>::|\(anonymous namespace\)::|^void ", "", kernel["Kernel Name"]).split(
             "("
         )[0]
@@ -155,9 +155,9 @@ def main() -> None:
     command += [argument for section in SECTIONS for argument in ("--section", section)]
     command += [sys.executable, __file__, "--under-ncu", "--only", arguments.only]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    lines = lines_of(done.stdout)
-    if done.returncode or not lines:
-        sys.exit(f"ncu failed with {done.returncode}:\n{done.stdout[-4000:]}")
+    lines = [] if done.returncode else lines_of(done.stdout)
+    if not lines:
+        sys.exit(f"ncu failed with {done.returncode}:\n{done.stdout}")
     here = machine("cuda")
     for line in lines:
         shown = " ".join(f"{name}={line[name]:.4g}" for name in METRICS.values() if name in line)

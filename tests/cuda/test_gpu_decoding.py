@@ -199,6 +199,25 @@ def test_the_buffers_grow(
         warnings.warn(f"{ties} of {len(prompts)} texts part at a near-tie", stacklevel=1)
 
 
+def test_prompts_are_read_in_pieces(
+    make_pair: Callable[..., MemoryModel], composite: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text twice: the first time the pieces are called or captured, the second time replayed."""
+    monkeypatch.setattr(graphs, "PIECES", (16, 64))
+    model = make_pair(close=0.35)
+    generator = torch.Generator().manual_seed(3)
+    lengths = (2, 16, 17, 18, 64, 65, 66, 129, 200)
+    prompts = [torch.randint(1, 384, (n,), generator=generator).tolist() for n in lengths]
+    wanted = composite(model, prompts)
+    for _ in range(2):
+        got = [greedy(model, {"input_ids": torch.tensor([p])}, **HOW["γ = 4"])[0] for p in prompts]
+        assert_captured(model)
+        assert_same(model, prompts, got, wanted)
+        assert_same(model, prompts[:5], greedy(model, padded(prompts[:5]), **HOW["γ = 4"]), wanted[:5])
+    read = {key for rounds in graphs._KEPT[model].values() for key in rounds.graphs if key[0] == "prompt"}
+    assert read == {("prompt", 16), ("prompt", 64)}
+
+
 @pytest.mark.parametrize("warped", [False, True], ids=["plain", "warped"])
 @pytest.mark.parametrize("draft_tokens", [0, 1, 3])
 def test_law_of_the_first_tokens(make_pair: Callable[..., MemoryModel], draft_tokens: int, warped: bool) -> None:

@@ -208,6 +208,64 @@ def test_prompts_as_long_as_the_context(model: MemoryModel, strangers: MemoryMod
         assert_same_texts(one, prompts, got, greedy(one, padded(prompts), 7, decoding="composite"))
 
 
+@pytest.mark.parametrize("longest", [2, 4, 5, 8, 9, 16, 40])
+def test_prompts_are_read_in_pieces(
+    make_pair: Callable[..., MemoryModel], longest: int, over_buffers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caches hold what the models' own forward leaves there; beside it, only what will be written over."""
+    monkeypatch.setattr(graphs, "PIECES", (4, 8))
+    model, prompts = make_pair(close=0.35), prompts_of(4, seed=longest, longest=longest)
+    given = padded([*prompts, list(range(1, longest + 1))])
+    ids, mask = given["input_ids"], given["attention_mask"]
+    rounds = graphs.Rounds(model, 5, 64, 4, None)
+    for _ in range(2):  # the second time over what the first has left
+        rounds.begin(ids, mask, 7, torch.zeros(5, dtype=torch.int64))
+    assert {key[1] for key in rounds.called} == {4 if longest <= 5 else 8}
+    kept = {name: value.clone() for name, value in vars(rounds).items() if isinstance(value, Tensor)}
+    caches = [(layer.keys.clone(), layer.values.clone()) for one in rounds.slots for layer in one.cache.layers]
+    monkeypatch.setattr(graphs, "MOST_IN_PIECES", 0)
+    rounds.begin(ids, mask, 7, torch.zeros(5, dtype=torch.int64))
+    for name, value in vars(rounds).items():
+        if isinstance(value, Tensor) and name not in ("piece", "stop"):
+            assert torch.equal(value, kept[name]), name
+    layers = [layer for one in rounds.slots for layer in one.cache.layers]
+    assert longest > 1 and len(layers) == len(caches) > 2
+    for layer, pair in zip(layers, caches, strict=True):
+        for store, found in zip((layer.keys, layer.values), pair, strict=True):
+            torch.testing.assert_close(found[:, :, : longest - 1], store[:, :, : longest - 1], rtol=1e-4, atol=1e-5)
+            assert found.isfinite().all() and not found[:, :, longest:].any()
+            assert store[4].any()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_texts_after_prompts_in_pieces(
+    make_pair: Callable[..., MemoryModel],
+    alone: bool,
+    over_buffers: list[graphs.Rounds],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs, "PIECES", (4, 8))
+    model = make_pair(close=0.35)
+    prompts = prompts_of(12, seed=5, longest=30)
+    wanted = greedy(model, padded(prompts), decoding="composite")
+    if alone:
+        got = [greedy(model, {"input_ids": torch.tensor([p])}, **HOW["γ = 4"])[0] for p in prompts]
+    else:
+        got = greedy(model, padded(prompts), **HOW["γ = 4"])
+    assert_same_texts(model, prompts, got, wanted)
+    assert any(name == "prompt" for rounds in over_buffers for name, _ in rounds.called)
+
+
+def test_long_prompts_and_other_families_are_read_at_once(
+    make_pair: Callable[..., MemoryModel], over_buffers: list[graphs.Rounds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "MOST_IN_PIECES", 63)
+    for one in (make_pair(close=0.35), make_pair()):
+        ids = {"input_ids": torch.tensor([[3, 1, 4]])}
+        assert greedy(one, ids, **HOW["γ = 4"]) == greedy(one, ids, decoding="composite")
+    assert len(over_buffers) == 2 and not any(name == "prompt" for rounds in over_buffers for name, _ in rounds.called)
+
+
 def test_a_round_is_queued_before_the_last_one_was_looked_at(
     model: MemoryModel, over_buffers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +377,7 @@ def test_each_function_is_captured_once(make_pair: Callable[..., MemoryModel], s
     for _ in range(2):
         assert_same_texts(model, prompts, greedy(model, padded(prompts), **HOW["γ = 4"]), wanted)
     made = [graph.key for graph in stand_ins.made]
-    assert sorted(made) == [("draft", 0), ("draft", 1), ("draft", 2), ("draft", 3), ("verify", 4)]
+    assert sorted(made) == [*[("draft", i) for i in range(4)], ("prompt", 64), ("verify", 4)]
     last = model.last_decode
     assert last is not None and last.cost_ratio is not None and last.seconds["draft"] > 0
     assert_same_texts(model, prompts, greedy(model, padded(prompts), decoding="auto"), wanted)

@@ -138,12 +138,6 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped 
         """0: how much counts is known on the device only, and asked for a prompt alone."""
         return 0
 
-    def reset(self) -> None:
-        """Zeros, not garbage: a NaN behind a mask would still be a NaN."""
-        if self.is_initialized:
-            self.keys.zero_()
-            self.values.zero_()
-
     def clear(self, where: Tensor) -> None:
         """Zeros in the slots that a mask (B, room) names."""
         if self.is_initialized:
@@ -157,6 +151,13 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped 
                 self.lazy_initialization(other.keys, other.values)
             self.keys[:, :, : other.room] = other.keys
             self.values[:, :, : other.room] = other.values
+
+
+def wipe(cache: Cache) -> None:
+    """Zeros in all layers of a :func:`slot_cache`, in few kernels: a NaN behind a mask would still be a NaN."""
+    stores = [store for layer in cache.layers if layer.is_initialized for store in (layer.keys, layer.values)]
+    if stores:
+        torch._foreach_zero_(stores)
 
 
 def slot_cache(model: Any, room: int) -> tuple[Cache, Slots]:

@@ -139,6 +139,12 @@ class FusedStep:
         cache: Cache,  # of SlotLayers
     ) -> Tensor:
         """Logits (B, n, V) after each of the tokens, whose keys and values go into their slots."""
+        logits: Tensor = self.model.lm_head(self.states(tokens, positions, slots, hidden, cache))
+        return logits.view(*tokens.shape, -1)
+
+    @torch.no_grad()
+    def states(self, tokens: Tensor, positions: Tensor, slots: Tensor, hidden: Tensor, cache: Cache) -> Tensor:
+        """What the head reads of the tokens (B·n, d): all of a step, for who needs no logits."""
         inner = self.model.model
         rows, count = tokens.shape
         x = inner.embed_tokens(tokens)
@@ -174,8 +180,7 @@ class FusedStep:
                 x = silu_mul(functional.linear(x, *gate_up))
                 x = functional.linear(x, mlp.down_proj.weight, mlp.down_proj.bias)
         x, _ = add_norm(x, residual, inner.norm.weight, inner.norm.variance_epsilon)
-        logits: Tensor = self.model.lm_head(x)
-        return logits.view(rows, count, -1)
+        return x
 
     def mask(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """What is added to the attention's scores: see :meth:`attend`."""

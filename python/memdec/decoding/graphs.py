@@ -4,6 +4,7 @@ A step of a model is hundreds of short kernels, which Python launches more slowl
 a list of kernels with their addresses that is launched at once. So all that a round reads or writes lies in tensors
 that are made once: the block of tokens, each row's length, position, tokens left, seed and offset, and the caches.
 
+    prompt(n)   both models read n tokens of the prompts, which go behind those before
     draft(i)    the memory reads token i of the block and draws token i + 1            i = 0 … γ−1
     verify(γ)   the base reads tokens 0 … γ, beside it (another stream) the memory token γ; verify_draft decides;
                 lengths, positions, offsets and the block's first token move on: a row that keeps n + 1 tokens is
@@ -31,7 +32,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from memdec.decoding.cache import slot_cache
+from memdec.decoding.cache import slot_cache, wipe
 from memdec.decoding.engine import ROOM, Continuations, Reader, row_seeds
 from memdec.decoding.fusing import fused_step
 from memdec.decoding.plan import LONGEST_DRAFT, Estimates
@@ -44,6 +45,10 @@ LOGGER = logging.getLogger(__name__)
 
 DEVICES = ("cuda",)
 ATTENTION = ("sdpa", "eager")  # which take a mask made by others
+PIECES = (64, 256)  # tokens of a prompt that are read at once: the smallest that holds it, or the largest several times
+MOST_IN_PIECES = (
+    2048  # tokens of a batch's prompts up to which they are read so; a kernel's launch is nothing beside more
+)
 KEPT = 3  # sets of buffers and graphs a model, the last used ones
 
 Mark = Any  # a moment: a CUDA event, or seconds on the CPU
@@ -130,6 +135,7 @@ class Rounds:
         self.slots = {self.base: caches["base"][1], self.memory: caches["memory"][1]}
         self.compiles = compiling()
         self.fused = {one: None if self.compiles else fused_step(one.model) for one in self.slots}
+        longest = max(widest + 1, PIECES[-1])
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -142,10 +148,12 @@ class Rounds:
         self.seed = integers(rows)
         self.offset = integers(rows)
         self.report = integers(rows, widest + 2)
+        self.piece = integers(rows, PIECES[-1])  # of the prompts
+        self.stop = integers()  # the slot of the prompts' last tokens
         self.seen = torch.ones(rows, room, dtype=torch.bool, device=self.device)  # False for padding
         self.logits: Tensor | None = None  # the memory's, (B, widest + 1, V), once their dtype is known
         self.columns = torch.arange(room, device=self.device)
-        self.steps = torch.arange(widest + 1, device=self.device)
+        self.steps = torch.arange(longest, device=self.device)
 
         self.streams = _streams(self.device)
         on_gpu = self.device.type == "cuda"
@@ -167,25 +175,53 @@ class Rounds:
             padded = attention_mask is not None and bool((attention_mask == 0).any())
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             self.seen.fill_(True)
             self.seen[:, :prompt] = attention_mask.bool()
+            for reader in self.slots:
+                wipe(reader.cache)
+            if prompt > 1:
+                piece = self.piece_for(rows, prompt - 1)
+                if piece is None:
+                    self.read_at_once(input_ids[:, :-1], attention_mask[:, :-1] if rows > 1 or padded else None)
+                else:
+                    self.read_in_pieces(input_ids[:, :-1], attention_mask, piece)
+                if padded:  # what attended to nothing may be NaN, and a NaN behind a mask is still one
+                    for reader in self.slots:
+                        for layer in reader.cache.layers:
+                            layer.clear(~self.seen)
             self.length.fill_(prompt - 1)
-            self.position.copy_(positions[:, -1])
+            self.position.copy_(attention_mask.sum(1) - 1)
             self.left.fill_(new_tokens)
             self.offset.zero_()
             self.seed.copy_(seeds)
             self.block[:, 0] = input_ids[:, -1]
-            for reader, slots in self.slots.items():
-                reader.cache.reset()
-                reader.forward = reader.model  # prompts are not compiled: each has another length
-                slots.at = None
-                if prompt > 1:
-                    mask = attention_mask[:, :-1] if rows > 1 or padded else None
-                    reader.read(input_ids[:, :-1], mask, positions[:, :-1], last_only=True)
-                if padded:  # what attended to nothing may be NaN, and a NaN behind a mask is still one
-                    for layer in reader.cache.layers:
-                        layer.clear(~self.seen)
+
+    def piece_for(self, rows: int, tokens: int) -> int | None:
+        """How many tokens of prompts (B, n) are read at once; None: all of them, by the models' own forward."""
+        if any(self.fused[reader] is None for reader in self.slots):
+            return None
+        piece = next((size for size in PIECES if tokens <= size), PIECES[-1])
+        return piece if rows * piece * -(-tokens // piece) <= MOST_IN_PIECES else None
+
+    def read_at_once(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """The models' own forward reads prompts (B, n)."""
+        ones = torch.ones_like(tokens) if mask is None else mask.long()
+        positions = (ones.cumsum(-1) - 1).clamp(min=0)
+        for reader, slots in self.slots.items():
+            reader.forward = reader.model  # prompts are not compiled: each has another length
+            slots.at = None
+            reader.read(tokens, mask, positions, last_only=True)
+
+    def read_in_pieces(self, tokens: Tensor, mask: Tensor, piece: int) -> None:
+        """``prompt(piece)`` reads prompts (B, n), as often as it takes."""
+        count = tokens.shape[1]
+        self.stop.fill_(count)
+        self.length.zero_()
+        self.position.copy_(mask.sum(1) - mask.shape[1])
+        for start in range(0, count, piece):
+            part = tokens[:, start : start + piece]
+            self.piece[:, : part.shape[1]] = part
+            self.run("prompt", piece)
 
     def go_on_from(self, other: Rounds) -> None:
         """Takes over the texts of a set of buffers with less room."""
@@ -196,8 +232,8 @@ class Rounds:
             self.seen.fill_(True)
             self.seen[:, : other.room] = other.seen
             for mine, theirs in ((self.base, other.base), (self.memory, other.memory)):
+                wipe(mine.cache)
                 for layer, old in zip(mine.cache.layers, theirs.cache.layers, strict=True):
-                    layer.reset()
                     layer.copy_from(old)
 
     # -- a round -----------------------------------------------------------------------------------------------------
@@ -214,6 +250,22 @@ class Rounds:
             result = self.results[turn % 2]
             result.copy_(self.report, non_blocking=True)
         return Flight(gamma, result, began, drafted, self.mark(), steady)
+
+    def prompt(self, count: int) -> None:
+        """Both models read the piece; what of it lies behind the prompts leaves something only in the slot that the
+        first round writes."""
+        ahead = self.steps[:count]
+        slots = torch.minimum(self.length[:, None] + ahead, self.stop)
+        places = (self.position[:, None] + slots).clamp(min=0)  # the position is less by the padding
+        hidden = (self.columns > slots[..., None]) | ~self.seen[:, None]
+        hidden &= self.columns != slots[..., None]  # padding sees itself: to see nothing gives NaN
+        for reader in reversed(self.slots):  # the memory first, and the base beside it
+            fused = self.fused[reader]
+            assert fused is not None
+            with self.beside() if reader is self.memory else nullcontext():
+                fused.states(self.piece[:, :count], places, slots, hidden, reader.cache)
+        self.join()
+        self.length.add_(count)
 
     def draft(self, i: int) -> None:
         """The memory reads token i of the block; token i + 1 is drawn from what it says."""
@@ -275,7 +327,7 @@ class Rounds:
     def remember(self, i: int, logits: Tensor) -> None:
         """Keeps the memory's logits (B, 1, V) after token i of the block."""
         if self.logits is None:
-            self.logits = logits.new_zeros(logits.shape[0], self.steps.shape[0], logits.shape[2])
+            self.logits = logits.new_zeros(*self.block.shape, logits.shape[2])
         self.logits[:, i] = logits[:, 0]
 
     # -- streams and graphs ------------------------------------------------------------------------------------------
@@ -453,6 +505,7 @@ def decode(
     first = rounds.mark()
     rounds.begin(input_ids, attention_mask, texts.room, seeds)
     prefilled = rounds.mark()
+    in_prompt = rounds.capture_seconds - captured
     flying: Flight | None = None
     launched = 0
     while texts.active:
@@ -493,7 +546,7 @@ def decode(
     if streamer is not None:
         streamer.end()
     sequences = texts.sequences(pad_token)
-    seconds["prefill"] = seconds_between(first, prefilled)
+    seconds["prefill"] = max(seconds_between(first, prefilled) - in_prompt, 0.0)
     seconds["capture"] += rounds.capture_seconds - captured
     seconds["total"] = time.perf_counter() - start_time
     step = learning.memory_seconds
