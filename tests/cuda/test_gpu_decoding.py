@@ -19,6 +19,7 @@ from test_law import VOCAB, statistic
 
 from memdec import MemoryModel, build_info
 from memdec.decoding import graphs, kernels
+from memdec.decoding.bench import Alone
 from memdec.decoding.cache import slot_cache
 from memdec.decoding.fusing import fused_step
 
@@ -216,6 +217,19 @@ def test_prompts_are_read_in_pieces(
         assert_same(model, prompts[:5], greedy(model, padded(prompts[:5]), **HOW["γ = 4"]), wanted[:5])
     read = {key for rounds in graphs._KEPT[model].values() for key in rounds.graphs if key[0] == "prompt"}
     assert read == {("prompt", 16), ("prompt", 64)}
+
+
+@pytest.mark.parametrize("name", ["base", "memory"])
+def test_a_model_alone_is_captured(make_pair: Callable[..., MemoryModel], name: str) -> None:
+    """What `memdec bench-decode` compares with: its prompt and its steps, the first time called and then replayed."""
+    model = make_pair(close=0.35)
+    alone = Alone(model, name, 64)
+    prompt = torch.arange(1, 10, device="cuda")[None]
+    texts = [alone.generate(prompt, 12) for _ in range(3)]
+    assert alone.failure is None and {key for key, _ in alone.graphs} == {"prompt", "verify"}
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    wanted = getattr(model, name).generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(texts[0].cpu(), wanted[:, prompt.shape[1] :].cpu())
 
 
 @pytest.mark.parametrize("warped", [False, True], ids=["plain", "warped"])

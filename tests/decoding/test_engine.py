@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from memdec import MemdecError, MemoryModel
-from memdec.decoding import engine, graphs
+from memdec.decoding import engine, graphs, support
 
 HOW: dict[str, dict[str, Any]] = {
     "parallel": {"decoding": "parallel"},
@@ -282,3 +282,14 @@ def test_a_broken_memory_says_so_but_where_it_has_no_weight(
     wanted = greedy(broken, ids, 6, decoding="composite")
     for how in (HOW["γ = 4"], HOW["parallel"]):
         assert greedy(broken, ids, 6, **how) == wanted
+
+
+def test_a_model_s_modules_and_tensors_once_each(tiny_gpt2: Callable[..., Any]) -> None:
+    """What is looked through before a text is what torch lists, where modules and weights are shared as well."""
+    model = tiny_gpt2(tie_word_embeddings=True)
+    model.again, model.nothing = model.transformer, None  # a module under two names, and none under one
+    model.register_buffer("absent", None)
+    modules = support.modules_of(model)
+    assert len(modules) == len(set(modules)) and set(modules) == set(model.modules())
+    expected = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    assert {id(tensor) for tensor in support.tensors_of(model)} == expected

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from memdec import MemdecError, MemoryModel
 from memdec.decoding import engine, graphs
+from memdec.decoding.bench import Alone
 from memdec.decoding.fusing import FusedStep
 
 # What waits for the device, has a size that depends on data, or copies from memory that is not pinned.
@@ -424,6 +425,19 @@ def test_why_not(
     model.base.eval()
     model.base.config._attn_implementation = "flex_attention"
     assert "not made for static caches" in str(graphs.why_not(model, cpu))
+
+
+@pytest.mark.parametrize("name", ["base", "memory"])
+def test_a_model_alone_needs_one_stream(
+    make_pair: Callable[..., MemoryModel], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To wait for a stream that nothing was queued on, within a capture, is an error of CUDA's."""
+    monkeypatch.setattr(graphs.Rounds, "beside", None)
+    monkeypatch.setattr(graphs.Rounds, "join", None)
+    model = make_pair(close=0.35)
+    prompt = torch.arange(1, 10)[None]
+    wanted = getattr(model, name).generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(Alone(model, name, 64).generate(prompt, 12), wanted[:, prompt.shape[1] :])
 
 
 def test_steps_are_fused(make_pair: Callable[..., MemoryModel], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from memdec.decoding.cache import slot_cache, wipe
 from memdec.decoding.engine import ROOM, Continuations, Reader, row_seeds
 from memdec.decoding.fusing import fused_step
 from memdec.decoding.plan import LONGEST_DRAFT, Estimates
-from memdec.decoding.support import Warpers, rotates_by_length, why_not_itself
+from memdec.decoding.support import Warpers, rotates_by_length, tensors_of, why_not_itself
 from memdec.modeling.decode import Decode
 from memdec.modeling.structure import input_device, takes
 from memdec.ops import interpolate_argmax, interpolate_sample, verify_draft
@@ -65,7 +65,7 @@ def why_not(model: Any, device: torch.device) -> str | None:
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"
     for name, one in (("base", model.base), ("memory", model.memory)):
-        if any(tensor.device != device for tensor in one.parameters()):
+        if any(tensor.device != device for tensor in tensors_of(one)):
             return f"the {name} is on another device, or spread over several"
         beside = why_not_itself(one)
         if beside is not None:
@@ -259,12 +259,15 @@ class Rounds:
         places = (self.position[:, None] + slots).clamp(min=0)  # the position is less by the padding
         hidden = (self.columns > slots[..., None]) | ~self.seen[:, None]
         hidden &= self.columns != slots[..., None]  # padding sees itself: to see nothing gives NaN
+        given = (self.piece[:, :count], places, slots, hidden)
+        both = len(self.slots) > 1
         for reader in reversed(self.slots):  # the memory first, and the base beside it
             fused = self.fused[reader]
             assert fused is not None
-            with self.beside() if reader is self.memory else nullcontext():
-                fused.states(self.piece[:, :count], places, slots, hidden, reader.cache)
-        self.join()
+            with self.beside() if both and reader is self.memory else nullcontext():
+                fused.states(*given, reader.cache)
+        if both:
+            self.join()
         self.length.add_(count)
 
     def draft(self, i: int) -> None:
@@ -432,7 +435,7 @@ def rounds_of(model: Any, rows: int, room: int, widest: int, warpers: Warpers | 
     """Buffers and graphs for such a batch: those of before, where the same types of weights have the same addresses."""
 
     def key() -> Any:
-        tensors = [t for one in (model.base, model.memory) for t in (*one.parameters(), *one.buffers())]
+        tensors = [*tensors_of(model.base), *tensors_of(model.memory)]
         return (
             rows,
             room,
