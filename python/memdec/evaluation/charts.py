@@ -42,7 +42,9 @@ class Line:
 
 def bar_chart(bars: Sequence[Bar], caption: str) -> str:
     """Horizontal bars from 0, each labelled on the left and with its value at its end."""
-    left, right, row, width = max(130, 20 + round(7.2 * max(len(bar.label) for bar in bars))), 190, 34, 760
+    left = max(110, 20 + round(7.2 * max(len(bar.label) for bar in bars)))
+    right = 70 + 7 * max(len(bar.remark) for bar in bars)
+    row, width = 30, max(560, left + 160 + right)
     height = row * len(bars) + 8
     longest = max((bar.value for bar in bars if math.isfinite(bar.value)), default=1.0) or 1.0
     parts = [_open(width, height, caption)]

@@ -176,7 +176,7 @@ class ComparisonResult:
     settings: dict[str, Any]
     budget: dict[str, float]
     entries: list[Entry]
-    alpha_zero_is_base: bool  # on the general text, bit by bit
+    alpha_zero_is_base: bool  # on the general text, bit for bit
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # test perplexity over α, by method
     bases: list[BaseEntry] = field(default_factory=list)  # the memory's own and others of its tokenizer
     log_probs: dict[str, Tensor] = field(default_factory=dict)  # "method/text"; not in the JSON
