@@ -284,12 +284,10 @@ def test_a_broken_memory_says_so_but_where_it_has_no_weight(
         assert greedy(broken, ids, 6, **how) == wanted
 
 
-def test_a_model_s_modules_and_tensors_once_each(tiny_gpt2: Callable[..., Any]) -> None:
+def test_the_tensors_of_a_model(tiny_gpt2: Callable[..., Any]) -> None:
     """What is looked through before a text is what torch lists, where modules and weights are shared as well."""
     model = tiny_gpt2(tie_word_embeddings=True)
     model.again, model.nothing = model.transformer, None  # a module under two names, and none under one
     model.register_buffer("absent", None)
-    modules = support.modules_of(model)
-    assert len(modules) == len(set(modules)) and set(modules) == set(model.modules())
     expected = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     assert {id(tensor) for tensor in support.tensors_of(model)} == expected

@@ -107,27 +107,16 @@ def why_not(
     return None
 
 
-def modules_of(one: Any) -> list[Any]:
-    """All modules of a model, once each: what ``modules()`` gives, in a tenth of the time, since every text pays it."""
-    found: dict[int, Any] = {}
-    waiting = [one]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            waiting.extend(module._modules.values())
-    return list(found.values())
-
-
 def tensors_of(one: Any) -> list[Tensor]:
-    """The parameters and buffers of a model, a shared one as often as it is shared."""
-    named = [kind for module in modules_of(one) for kind in (module._parameters, module._buffers)]
-    return [tensor for kind in named for tensor in kind.values() if tensor is not None]
+    """The parameters and buffers of a model, a shared one as often as it is shared: in a quarter of the time that
+    ``parameters()`` and ``buffers()`` take, since every text begins with it."""
+    kinds = [kind for module in one.modules() for kind in (module._parameters, module._buffers)]
+    return [tensor for kind in kinds for tensor in kind.values() if tensor is not None]
 
 
 def rotates_by_length(one: Any) -> bool:
     """Whether a model's rotary embedding turns a position by what depends on the longest one beside it."""
-    kinds = [str(getattr(module, "rope_type", "")) for module in modules_of(one)]
+    kinds = [str(getattr(module, "rope_type", "")) for module in one.modules()]
     return any("dynamic" in kind or "longrope" in kind for kind in kinds)
 
 
@@ -137,7 +126,7 @@ def why_not_itself(one: Any) -> str | None:
         return "is in training mode"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "has hooks, as every module"
-    for module in modules_of(one):
+    for module in one.modules():
         if type(module).__module__.startswith("peft."):
             return "has an adapter, which may be switched"
         if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
