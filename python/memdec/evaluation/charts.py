@@ -118,7 +118,7 @@ def line_chart(
     x_ticks = ticks(min(xs), max(xs), 6)
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
     width, right, bottom = 560, 16, 44
-    left = max(62, 34 + 7 * max(len(tick_text(tick)) for tick in y_ticks))  # the axis's name, then its ticks
+    left = max(62, 40 + 7 * max(len(tick_text(tick)) for tick in y_ticks))  # the axis's name, then its ticks
     legend = legend_places(lines, left, width - right) if len(lines) > 1 else []
     top = 14 + 20 * len({y for _, y in legend})
     height = 266 + top
