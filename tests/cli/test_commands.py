@@ -117,6 +117,23 @@ def test_bench_decode_prints_a_table_and_writes_json(memdec, fitted, tiny_model_
         assert f"--draft-tokens: got '{wrong}'" in capsys.readouterr().err
 
 
+def test_bench_decode_with_more_drafts_than_tokens(memdec, tmp_path, capsys, fitted, tiny_model_dir):
+    """No forward reads more than the tokens that are written, for which there are positions."""
+    out = tmp_path / "new" / "speed.json"
+    pair = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--text", str(fitted / "corpus")]
+    small = ["--samples", "1", "--prompt-tokens", "248", "--new-tokens", "8", "--repeats", "1", "--dtype", "float32"]
+    assert memdec("bench-decode", *pair, *small, "--no-compile", "--draft-tokens", "12", "--out", str(out)) == 0
+    content = json.loads(out.read_text())
+    assert list(content["verify"]) == [str(n) for n in range(1, 9)]
+    assert [t["predicted"] for t in content["timings"] if t["name"].startswith("speculative")] == [None]
+    capsys.readouterr()
+    shapes = ["--shapes", "qwen2.5-0.5b,qwen2.5-0.5b"]
+    assert memdec("bench-decode", *shapes, "--dtype", "nonsense") == 1
+    assert "--dtype nonsense" in capsys.readouterr().err
+    assert memdec("bench-decode", *shapes, "--device", "nonsense") == 1
+    assert "--device nonsense" in capsys.readouterr().err
+
+
 def test_alpha_zero_is_the_base(memdec, fitted, tiny_model_dir, capsys):
     common = ["--base", str(tiny_model_dir), "--memory", str(fitted / "memory"), "--max-new-tokens", "8", "A tenant"]
     assert memdec("generate", *common, "--alpha", "0", "--side-by-side") == 0

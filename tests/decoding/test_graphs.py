@@ -267,6 +267,73 @@ def test_long_prompts_and_other_families_are_read_at_once(
     assert len(over_buffers) == 2 and not any(name == "prompt" for rounds in over_buffers for name, _ in rounds.called)
 
 
+def test_zeros_between_tokens_are_not_padding(
+    model: MemoryModel, over_buffers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers infers them where a prompt has the padding token: positions count what is not masked."""
+    monkeypatch.setattr(graphs, "PIECES", (16, 64))
+    generator = torch.Generator().manual_seed(4)
+    for rows in (1, 3):
+        ids = torch.randint(1, 384, (rows, 20), generator=generator)
+        mask = (torch.rand(ids.shape, generator=generator) < 0.7).long()
+        mask[:, -1] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        wanted = greedy(model, inputs, decoding="composite")
+        assert greedy(model, inputs, **HOW["γ = 4"]) == wanted
+    assert not any(name == "prompt" for rounds in over_buffers for name, _ in rounds.called)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_in_inference_mode_and_outside(make_pair: Callable[..., MemoryModel], first: bool, over_buffers: Any) -> None:
+    """What is kept from a text within that mode serves those after it, also where the buffers grow."""
+    model = make_pair(close=0.35)
+    inputs = padded(prompts_of(2, seed=3))
+    wanted = greedy(model, inputs, decoding="composite")
+    for within in (first, not first, first):
+        with torch.inference_mode(within):
+            assert greedy(model, inputs, **HOW["γ = 4"]) == wanted
+
+
+def test_what_was_interrupted_is_not_warm(
+    make_pair: Callable[..., MemoryModel], stand_ins: type[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function whose first call failed is called once more before it is captured."""
+    model, inputs = make_pair(close=0.35), padded([[1, 2, 3]])
+    wanted = greedy(model, inputs, decoding="composite")
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.Rounds, "join", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            greedy(model, inputs, **HOW["γ = 4"])
+    (rounds,) = graphs._KEPT[model].values()
+    assert not rounds.called
+    assert greedy(model, inputs, **HOW["γ = 4"]) == wanted
+    assert ("prompt", 64) in rounds.called and ("prompt", 64) not in rounds.graphs
+
+
+def test_a_text_within_a_text(model: MemoryModel, over_buffers: Any) -> None:
+    """A criterion that writes texts of its own with the same model: they are written without buffers."""
+    inner, outer = padded([[5, 6, 7]]), padded([[1, 2, 3, 4]])
+    wanted = [greedy(model, inputs, decoding="composite") for inputs in (inner, outer)]
+    found = []
+
+    def writes(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        found.append(greedy(model, inner, **HOW["γ = 4"]))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    assert greedy(model, outer, stopping_criteria=[writes], **HOW["γ = 4"]) == wanted[1]
+    assert found and all(text == wanted[0] for text in found)
+
+
+def test_a_module_is_replaced(make_pair: Callable[..., MemoryModel], over_buffers: Any) -> None:
+    """One without weights, after a first text."""
+    model, inputs = make_pair(close=0.35), padded(prompts_of(2, seed=3))
+    greedy(model, inputs, **HOW["γ = 4"])
+    for block in model.base.model.layers:
+        block.mlp.act_fn = torch.nn.ReLU()
+    wanted = greedy(model, inputs, decoding="composite")
+    assert greedy(model, inputs, **HOW["γ = 4"]) == wanted
+
+
 def test_a_round_is_queued_before_the_last_one_was_looked_at(
     model: MemoryModel, over_buffers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -371,6 +371,7 @@ def bench_decode(
     from memdec.decoding.bench import SHAPES, measure, random_pair
     from memdec.evaluation.held_out import load_held_out
     from memdec.evaluation.side_by_side import new_tokens_that_fit
+    from memdec.modeling.scoring import check_device, choose_dtype
     from memdec.modeling.tokenizers import load_tokenizer
     from memdec.pipeline.embed import default_device
     from memdec.stores.atomic import write_file
@@ -381,13 +382,15 @@ def bench_decode(
     check_alpha(alpha)
     if out is not None and out.is_dir():
         raise MemdecError(f"--out {out} is a folder; wanted the name of a file for the figures.")
+    check_device(device)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the minutes that fill it
     where = torch.device(device or default_device())
     if shapes is not None:
         names = shapes.lower().split(",")
         if len(names) != 2 or not set(names) <= set(SHAPES):
             raise MemdecError(f"--shapes: got {shapes!r}, wanted BASE,MEMORY out of {', '.join(SHAPES)}.")
-        chosen = {"auto": torch.bfloat16 if where.type == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
-        model = random_pair(names[0], names[1], where, chosen, 0.5 if alpha is None else alpha)
+        model = random_pair(names[0], names[1], where, choose_dtype(dtype, where), 0.5 if alpha is None else alpha)
         ids = torch.randint(model.config.vocab_size, (samples * prompt_tokens,))
     else:
         missing = [name for name, value in (("--base", base), ("--memory", memory), ("--text", text)) if value is None]

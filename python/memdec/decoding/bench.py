@@ -143,7 +143,7 @@ def measure(
         model: a MemoryModel.
         prompts: (1, L) token ids each.
         new_tokens: tokens that each run makes, greedily; ends of text are not heeded.
-        draft_tokens: γ of the speculative runs.
+        draft_tokens: γ of the speculative runs; no more than `new_tokens` − 1 are ever drafted.
         repeats: runs of each way on each prompt.
         compiled: whether to let the base alone be compiled as well, on a GPU also both models of ours; that takes a
             minute or more.
@@ -167,6 +167,7 @@ def measure(
     base, memory, width = model.base, model.memory, model.config.vocab_size
     static = {"cache_implementation": "static"}
     on_gpu = base.device.type == "cuda"
+    widest = min(max([1, *draft_tokens]) + 1, new_tokens)  # tokens that a forward reads
     alone = CAPTURED if on_gpu else OURS
     ways: dict[str, tuple[str, Callable[[int, Tensor], Any]]] = {
         "base alone": ("base", lambda n, ids: base.generate(ids, **greedy(n))),
@@ -180,7 +181,7 @@ def measure(
     captured: dict[str, Alone] = {}
     if on_gpu:
         room = graphs.room_for(max(ids.shape[1] for ids in prompts) + new_tokens + 1)
-        singles = {name: Alone(model, name, room) for name in ("base", "memory")}
+        singles = {name: Alone(model, name, room, widest) for name in ("base", "memory")}
         ways[CAPTURED] = ("base", lambda n, ids: singles["base"].generate(ids, n))
         ways["memory alone"] = ("memory", lambda n, ids: singles["memory"].generate(ids, n))
         captured |= {CAPTURED: singles["base"], "memory alone": singles["memory"]}
@@ -207,7 +208,7 @@ def measure(
             )
     if on_gpu and compiled:
         with _environment("MEMDEC_COMPILE", "1"):
-            quick = Alone(model, "base", room)
+            quick = Alone(model, "base", room, widest)
         ways[BOTH] = ("base", lambda n, ids: quick.generate(ids, n))
         captured[BOTH] = quick
         ways["parallel, compiled"] = ("mixture", _compiled(ways["parallel"][1]))
@@ -252,7 +253,6 @@ def measure(
         if name in medians
     } or medians
     best_next = min((nexts[name] for name in BASE_RIVALS if name in nexts), default=best)
-    widest = max([1, *draft_tokens]) + 1
     step_seconds: dict[str, float] | None = None
     if on_gpu:
         verify = {n: singles["base"].forward_seconds(n) for n in range(1, widest + 1)}
@@ -286,7 +286,8 @@ def measure(
             timing.predicted = unit * (1 + costs[1])
         if name.startswith("speculative") and "compiled" not in name and timing.acceptance is not None:
             gamma = int(name.split()[1])
-            timing.predicted = unit / speed_up(timing.acceptance, gamma, verify[gamma + 1], costs[gamma + 1])
+            if gamma < widest:
+                timing.predicted = unit / speed_up(timing.acceptance, gamma, verify[gamma + 1], costs[gamma + 1])
         if rate is not None:
             timing.floor = _floor(name, timing, bytes_read(base) / rate, bytes_read(memory) / rate)
         timings.append(timing)
@@ -363,10 +364,11 @@ class Alone(graphs.Rounds):
         model: a MemoryModel.
         name: "base" or "memory".
         room: tokens that the cache holds.
+        widest: the most tokens that a forward reads.
     """
 
-    def __init__(self, model: Any, name: str, room: int) -> None:
-        super().__init__(model, 1, room, LONGEST_DRAFT, None)
+    def __init__(self, model: Any, name: str, room: int, widest: int = 1) -> None:
+        super().__init__(model, 1, room, max(LONGEST_DRAFT, widest), None)
         self.reader: Reader = getattr(self, name)
         self.slots = {self.reader: self.slots[self.reader]}  # the other one reads no prompts
         self.prompt_seconds = 0.0  # of the last generate: until all of the prompt but its last token was read
@@ -381,6 +383,7 @@ class Alone(graphs.Rounds):
         """A forward of `count` tokens, after which all is as before."""
         self.read(self.reader, 0, count)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
         """The likeliest continuation (1, new_tokens) of one prompt (1, L)."""
@@ -397,6 +400,7 @@ class Alone(graphs.Rounds):
         self.prompt_seconds = graphs.seconds_between(start, prompt_read)
         return text
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def forward_seconds(self, count: int) -> float:
         """Seconds of a forward of `count` tokens on the GPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,17 +69,17 @@ def run(
             further = "disable the memory (its positions are a table, which ends there)"
         raise MemdecError(f"{short}; ask for fewer new tokens, shorten the prompt, or {further}.")
     uncaptured = graphs.why_not(model, input_ids.device)
-    if uncaptured is None:
-        decode = graphs.decode
-    else:
-        decode = engine.decode
-        LOGGER.log(logging.INFO if input_ids.is_cuda else logging.DEBUG, "without CUDA graphs: %s", uncaptured)
     warpers = warpers_of(processors) if config.do_sample else None
-    key = (input_ids.shape[0], round(model.alpha, 2), warpers, uncaptured is None)
-    known = estimates.setdefault(key, Estimates())
     fixed = {"parallel": 0, "speculative": request.draft_tokens or FIRST_DRAFT}
     pad = config._pad_token_tensor
-    with quick_steps(model.base, model.memory):
+    claim = graphs.claimed(input_ids.device) if uncaptured is None else nullcontext(False)
+    with claim as ours, quick_steps(model.base, model.memory):
+        if not ours:
+            uncaptured = uncaptured or "another text is being written by graphs on the device"
+            LOGGER.log(logging.INFO if input_ids.is_cuda else logging.DEBUG, "without CUDA graphs: %s", uncaptured)
+        key = (input_ids.shape[0], round(model.alpha, 2), warpers, ours)
+        known = estimates.setdefault(key, Estimates())
+        decode = graphs.decode if ours else engine.decode
         return decode(
             model,
             input_ids,

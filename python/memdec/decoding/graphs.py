@@ -22,6 +22,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -173,6 +174,8 @@ class Rounds:
         self.wait_for_caller()
         with self.queueing():  # what is made here for a moment is made here: its memory may be used again at once
             padded = attention_mask is not None and bool((attention_mask == 0).any())
+            # Positions are slots less the padding, unless zeros stand between tokens, or a mask counts otherwise.
+            plain = attention_mask is None or only_left_padded(attention_mask)
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             self.seen.fill_(True)
@@ -180,7 +183,7 @@ class Rounds:
             for reader in self.slots:
                 wipe(reader.cache)
             if prompt > 1:
-                piece = self.piece_for(rows, prompt - 1)
+                piece = self.piece_for(rows, prompt - 1) if plain else None
                 if piece is None:
                     self.read_at_once(input_ids[:, :-1], attention_mask[:, :-1] if rows > 1 or padded else None)
                 else:
@@ -336,11 +339,11 @@ class Rounds:
     # -- streams and graphs ------------------------------------------------------------------------------------------
 
     def run(self, name: str, count: int) -> bool:
-        """Queues ``draft(count)`` or ``verify(count)``; whether nothing was done for the first or second time."""
+        """Queues one of the functions, such as ``verify(count)``; whether nothing was done for the first or second
+        time."""
         key = (name, count)
         function = getattr(self, name)
         first = key not in self.called
-        self.called.add(key)
         if self.captures and not first and key not in self.graphs:
             self.capture(key)
             first = True
@@ -349,10 +352,11 @@ class Rounds:
                 self.graphs[key].replay()
             else:
                 function(count)
+        self.called.add(key)  # only now: what was interrupted is not warm
         return not first or not self.captures
 
     def capture(self, key: tuple[str, int]) -> None:
-        """Makes a graph of ``draft(n)`` or ``verify(n)``; where that fails, they run without from now on."""
+        """Makes a graph of such a call; where that fails, they all run without from now on."""
         start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
@@ -414,6 +418,7 @@ class Rounds:
 
 _KEPT: WeakKeyDictionary[Any, dict[Any, Rounds]] = WeakKeyDictionary()
 _REFUSED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_LOCKS: dict[torch.device, threading.Lock] = {}
 _STREAMS: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
 
 
@@ -426,16 +431,24 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
     return _STREAMS[device]
 
 
+def only_left_padded(mask: Tensor) -> bool:
+    """Whether each row of a mask (B, L) is zeros, then ones."""
+    mask = mask.long()
+    return bool(((mask[:, 1:] >= mask[:, :-1]).all() & (mask <= 1).all()).item())
+
+
 def seconds_between(start: Mark, end: Mark) -> float:
     """Of two moments, once both have come."""
     return float(end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3)
 
 
 def rounds_of(model: Any, rows: int, room: int, widest: int, warpers: Warpers | None) -> Rounds:
-    """Buffers and graphs for such a batch: those of before, where the same types of weights have the same addresses."""
+    """Buffers and graphs for such a batch: those of before, where the same modules have the same types of
+    weights at the same addresses."""
 
     def key() -> Any:
         tensors = [*tensors_of(model.base), *tensors_of(model.memory)]
+        modules = [id(module) for one in (model.base, model.memory) for module in one.modules()]
         return (
             rows,
             room,
@@ -443,7 +456,7 @@ def rounds_of(model: Any, rows: int, room: int, widest: int, warpers: Warpers | 
             warpers,
             model.alpha,
             compiling(),
-            hash(tuple((t.data_ptr(), t.dtype) for t in tensors)),
+            hash((*modules, *((t.data_ptr(), t.dtype) for t in tensors))),
         )
 
     kept = _KEPT.setdefault(model, {})
@@ -475,6 +488,27 @@ def room_for(tokens: int) -> int:
     return room
 
 
+@contextmanager
+def claimed(device: torch.device) -> Iterator[bool]:
+    """Whether no other text is being written over buffers of the device; within it none will be.
+
+    Another may come from a second thread, or from a streamer or a criterion that writes texts of its own.
+    """
+    lock = _LOCKS.setdefault(device, threading.Lock())
+    mine = lock.acquire(blocking=False)
+    try:
+        yield mine
+    finally:
+        if mine:
+            try:
+                if device in _STREAMS:
+                    # What is freed from now on may be used by a round that was queued in vain, or before an error.
+                    torch.cuda.current_stream(device).wait_stream(_STREAMS[device][0])
+            finally:
+                lock.release()
+
+
+@torch.inference_mode(False)  # what is kept for later texts must not be a tensor of that mode
 @torch.no_grad()
 def decode(
     model: Any,
@@ -541,9 +575,6 @@ def decode(
             if flying.steady:
                 _learn(learning, flying.gamma, draft, verify)
         flying = coming
-    if rounds.streams is not None:
-        # What is freed from now on may be used by a round that was queued in vain.
-        torch.cuda.current_stream(rounds.device).wait_stream(rounds.streams[0])
     if rounds.failure is not None:
         _REFUSED[model] = rounds.failure
     if streamer is not None:
