@@ -284,6 +284,16 @@ def test_a_broken_memory_says_so_but_where_it_has_no_weight(
         assert greedy(broken, ids, 6, **how) == wanted
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_mask_of_another_length(model: MemoryModel, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is transformers that refuses it, as it does for every model."""
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",) if captured else ())
+    inputs = {"input_ids": torch.arange(1, 9)[None], "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
+    inputs["attention_mask"][0, 0] = 0
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        greedy(model, inputs, **HOW["γ = 4"])
+
+
 def test_the_tensors_of_a_model(tiny_gpt2: Callable[..., Any]) -> None:
     """What is looked through before a text is what torch lists, where modules and weights are shared as well."""
     model = tiny_gpt2(tie_word_embeddings=True)

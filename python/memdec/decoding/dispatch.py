@@ -52,6 +52,9 @@ def run(
     if own:
         names = ("a cache" if name == GENERATION_CACHE else name for name in sorted(own))
         reason = f"{', '.join(names)} was given"
+    mask = inputs.get("attention_mask")
+    if reason is None and mask is not None and mask.shape != input_ids.shape:
+        reason = f"the attention mask {tuple(mask.shape)} has not the shape of the tokens {tuple(input_ids.shape)}"
     max_length = min(length for length in (criteria.max_length, config.max_length) if length is not None)
     short = _short_memory(model, max_length)
     ends = bool(short) and _has_position_table(model.memory)
