@@ -113,8 +113,8 @@ A corrections(const T* z, const Target& target, Softmax<A> state, A beta, A weig
     store_some(gathered + i, fma(load_probs<V>(target.probs + i, n), pull, p), n);
   }
   for (int64_t i = 0; i < target.size; ++i)
-    if (target.ids[i] == target.label) at_label = gathered[i] -= label_pull;
-  return at_label;
+    if (target.ids[i] == target.label) at_label = gathered[i] = at_label - weight * beta * target.probs[i];
+  return at_label;  // at β = 0 the same bits with any teacher
 }
 
 template <class T, class A>

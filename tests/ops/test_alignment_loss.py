@@ -75,6 +75,22 @@ def test_agrees_with_the_reference(simd, device, dtype, vocab):
         agree(dtype, *problem(dtype, num_rows, vocab, seed=num_rows, device=device), beta=beta)
 
 
+def test_without_a_weight_no_teacher_changes_a_bit(simd):
+    """β = 0: labels are among the entries of some teachers, where their gradient must be rounded as it is elsewhere."""
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        logits = torch.randn(188, 8, generator=g) * 3
+        labels = torch.randint(8, (188,), generator=g)
+        found = []
+        for most in (1, 5, 8):
+            entries = (torch.randn(188, 8, generator=g) * 4).softmax(-1).topk(most, -1)
+            teacher = SparseDistributions.from_dense(torch.zeros(188, 8).scatter(1, entries.indices, entries.values))
+            leaf = logits.clone().requires_grad_()
+            ops.alignment_loss(leaf, labels, teacher, beta=0.0).total.backward()
+            found.append(leaf.grad)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_agrees_on_many_rows(device, dtype):
     """More rows than CUDA splits: a block a row, from the loss to the gradient, at every alignment."""
