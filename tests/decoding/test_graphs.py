@@ -285,7 +285,7 @@ def test_zeros_between_tokens_are_not_padding(
 
 @pytest.mark.parametrize("first", [False, True])
 def test_in_inference_mode_and_outside(make_pair: Callable[..., MemoryModel], first: bool, over_buffers: Any) -> None:
-    """What is kept from a text within that mode serves those after it, also where the buffers grow."""
+    """What is kept from a text within that mode serves those after it, and the other way round."""
     model = make_pair(close=0.35)
     inputs = padded(prompts_of(2, seed=3))
     wanted = greedy(model, inputs, decoding="composite")

@@ -262,13 +262,12 @@ class Rounds:
         places = (self.position[:, None] + slots).clamp(min=0)  # the position is less by the padding
         hidden = (self.columns > slots[..., None]) | ~self.seen[:, None]
         hidden &= self.columns != slots[..., None]  # padding sees itself: to see nothing gives NaN
-        given = (self.piece[:, :count], places, slots, hidden)
         both = len(self.slots) > 1
         for reader in reversed(self.slots):  # the memory first, and the base beside it
             fused = self.fused[reader]
             assert fused is not None
             with self.beside() if both and reader is self.memory else nullcontext():
-                fused.states(*given, reader.cache)
+                fused.states(self.piece[:, :count], places, slots, hidden, reader.cache)
         if both:
             self.join()
         self.length.add_(count)
